@@ -1,0 +1,82 @@
+"Data larger than memory stream; the same contents are the same tokens."
+import gzip
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lmnb.config import preset
+from lmnb.data import find_files, load_corpus
+
+PEAK = r'''
+import re, sys
+from pathlib import Path
+from lmnb.data import documents, find_files, fingerprint, token_file
+files, _ = find_files(sys.argv[1])
+contents, size = fingerprint(documents(files))
+tokenizer = Path(sys.argv[2]).read_text()
+ids = token_file(Path(sys.argv[3]), contents, tokenizer, lambda: documents(files))
+print(size, len(ids), re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+'''
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv('LMNB_CACHE', str(tmp_path/'cache'))
+    return preset('small', vocab_size=400, block_size=16)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak memory is read from /proc')
+@pytest.mark.parametrize('end', ['\n', ' '], ids=['lines', 'one_line'])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, config, end):
+    line = ' '.join(f'word{i%977} is {i*i%1009}' for i in range(200))+end
+    (tmp_path/'seed.txt').write_text(line*50)
+    corpus = load_corpus(preset('small', vocab_size=400, block_size=16, data=str(tmp_path/'seed.txt')), note=lambda _: None)
+    (tmp_path/'tok.json').write_text(corpus.tokenizer)
+    peaks = []
+    for n in (4, 24):  # million characters
+        (tmp_path/f'{n}.txt').write_text(line*(n*10**6//len(line)))
+        out = subprocess.run([sys.executable, '-c', PEAK, tmp_path/f'{n}.txt', tmp_path/'tok.json', tmp_path/'peak'], capture_output=True, text=True,
+                             env=dict(os.environ, RAYON_NUM_THREADS='1'))
+        assert out.returncode == 0, out.stderr
+        peaks.append(int(out.stdout.split()[2])/1024)
+    assert peaks[1]-peaks[0] < 15, peaks  # MiB; the corpus grew by 20 MB, its ids as Python objects by far more
+
+
+def test_the_cache_changes_nothing(tmp_path, config):
+    (tmp_path/'d').mkdir()
+    for name in ('b', 'a'): (tmp_path/'d'/f'{name}.txt').write_text(f'{name} '*900)
+    with gzip.open(tmp_path/'d'/'c.gz', 'wt') as f: f.write('zipped '*500)
+    here = preset('small', vocab_size=400, block_size=16, data=str(tmp_path/'d'))
+    first = load_corpus(here, note=lambda _: None)
+    ids = np.array(first.train)
+    for p in (tmp_path/'cache').iterdir():
+        if p.is_dir(): [f.unlink() for f in p.iterdir()]; p.rmdir()
+    again = load_corpus(here, first.state_dict(), note=lambda _: None)
+    assert np.array_equal(ids, again.train) and [n for n, _ in find_files(str(tmp_path/'d'))[0]] == ['a.txt', 'b.txt', 'c.gz']
+
+
+def test_half_a_token_file_is_never_taken_for_a_whole_one(tmp_path, config):
+    (tmp_path/'t.txt').write_text('some words '*900)
+    here = preset('small', vocab_size=400, block_size=16, data=str(tmp_path/'t.txt'))
+    whole = np.array(load_corpus(here, note=lambda _: None).train)
+    file, = (tmp_path/'cache').glob('*/tokens.bin')
+    file.write_bytes(file.read_bytes()[:-100])
+    assert np.array_equal(load_corpus(here, note=lambda _: None).train, whole)
+
+
+def test_bin_folder(tmp_path, config):
+    (tmp_path/'t.txt').write_text('plain words here '*900)
+    tok = load_corpus(preset('small', vocab_size=400, block_size=16, data=str(tmp_path/'t.txt')), note=lambda _: None).tokenizer
+    (tmp_path/'tok.json').write_text(tok)
+    (tmp_path/'bin').mkdir()
+    np.arange(300, dtype=np.uint16).repeat(3).tofile(tmp_path/'bin'/'train.bin')
+    np.arange(100, dtype=np.uint16).tofile(tmp_path/'bin'/'val.bin')
+    here = dict(vocab_size=400, block_size=16, data=str(tmp_path/'bin'))
+    with pytest.raises(ValueError, match='no tokenizer; add --tokenizer'): load_corpus(preset('small', **here))
+    corpus = load_corpus(preset('small', **here, tokenizer=str(tmp_path/'tok.json')))
+    assert len(corpus.train) == 900 and len(corpus.val) == 100
+    np.full(900, 65535, np.uint16).tofile(tmp_path/'bin'/'train.bin')
+    with pytest.raises(ValueError, match='id 65535, beyond vocab_size=400'): load_corpus(preset('small', **here, tokenizer=str(tmp_path/'tok.json')))
