@@ -7,9 +7,8 @@ __all__ = ['Parser', 'say_error', 'train_parser', 'run', 'train', 'sample', 'run
 
 # %% ../nbs/15_cli.ipynb #7659ba63
 import argparse, difflib, os, sys
-from dataclasses import fields
 
-from .config import PRESETS, ExperimentConfig, parse_setting, parse_settings, preset
+from .config import PRESETS, ExperimentConfig, override, parse_setting, parse_settings, preset
 from .history import say
 
 # %% ../nbs/15_cli.ipynb #96da248c
@@ -91,19 +90,20 @@ def _train(args, stop)->int:
     if args.extend_steps is not None and not args.resume: raise ValueError('--extend-steps goes with --resume; a new run takes --max-steps')
     if args.allow_new_data and not args.resume: raise ValueError('--allow-new-data goes with --resume')
     if args.new_run and args.resume not in (None, 'latest-or-new'): raise ValueError('--new-run begins anew; leave out --resume')
-    sets = parse_settings(args.set)|{k:v for k in (*_AS_FLAG, 'compile') if (v := getattr(args, k)) is not None}
-    data,tokenizer = (sets.pop(k, None) if getattr(args, k) is None else (sets.pop(k, None), getattr(args, k))[1] for k in ('data', 'tokenizer'))
-    config = preset(args.config) if args.config else None
-    base = preset(args.config or 'medium', **({} if args.resume else sets)) # wrong words are told before torch is imported
-    from lmnb.trainer import Trainer
+    sets = parse_settings(args.set)|{k:v for k in (*_AS_FLAG, 'data', 'tokenizer', 'compile') if (v := getattr(args, k)) is not None}
+    data,tokenizer = sets.pop('data', None),sets.pop('tokenizer', None)
+    config = preset(args.config or 'medium', **({} if args.resume else sets)) # wrong words are told before torch is imported
     common = dict(stop=stop, quiet=args.quiet, new_run=args.new_run)
-    if args.resume:
-        t = Trainer.resume(args.resume, args.checkpoint_dir, args.extend_steps, config, data, tokenizer, args.allow_new_data, **common, **sets)
-    else:
-        given = {k:v for k,v in dict(data=data, tokenizer=tokenizer).items() if v is not None}
-        t = Trainer(preset(args.config or 'medium', **sets, **given), args.checkpoint_dir or 'checkpoints', **common)
+    from lmnb.rundir import CODES
+    with stop.interruptible(): # nothing is at stake before the first step
+        from lmnb.trainer import Trainer
+        if args.resume:
+            t = Trainer.resume(args.resume, args.checkpoint_dir, args.extend_steps, args.config and config, data, tokenizer, args.allow_new_data, **common, **sets)
+        else:
+            given = {k:v for k,v in dict(data=data, tokenizer=tokenizer).items() if v is not None}
+            t = Trainer(override(config, **given), args.checkpoint_dir or 'checkpoints', **common)
     t.fit()
-    return stop.exit_code if t.interrupted else 0
+    return CODES.get(t.interrupted, 0)
 
 def train(argv=None, prog='lmnb-train'):
     "Entry point of `lmnb-train`."
@@ -112,7 +112,6 @@ def train(argv=None, prog='lmnb-train'):
     from lmnb.rundir import Stop
     stop = Stop(args.max_minutes)
     with stop.listening():
-        stop.at_once = True # until the loop begins, a wish to end is heard at once
         raise SystemExit(run(lambda a: _train(a, stop), args, stop))
 
 # %% ../nbs/15_cli.ipynb #96a250f3

@@ -7,8 +7,8 @@ __all__ = ['PIECE', 'SOFT', 'EOT', 'stdlib_files', 'find_files', 'read_blocks', 
            'train_tokenizer', 'as_tokenizer', 'eot_id', 'cache_dir', 'id_dtype', 'cache_key', 'open_tokens', 'encode',
            'token_file', 'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
-# %% ../nbs/01_data.ipynb #2cdc9780
-import codecs, csv, glob, gzip, hashlib, json, os, shutil, sys, sysconfig, tempfile
+# %% ../nbs/01_data.ipynb #88a8ce1f
+import codecs, csv, glob, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, tempfile, threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,16 @@ def find_files(
     path = Path(source).expanduser()
     if path.is_dir(): found = [(p.relative_to(path).as_posix(), p) for p in path.rglob('*')]
     elif path.exists(): return [(path.name, path)],None
-    elif any(c in source for c in '*?['): found = [(Path(p).as_posix(), Path(p)) for p in glob.glob(str(path), recursive=True)]
+    elif any(c in source for c in '*?['): found = _globbed(path)
     else: return _column_file(source)
-    files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts if s not in ('.', '..')))
+    files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts))
     if not files: raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob such as "texts/**/*.txt", or stdlib')
     return files,None
+
+def _globbed(path):
+    "What a glob finds, named from the last folder before its first wildcard."
+    root = Path(*itertools.takewhile(lambda part: not any(c in part for c in '*?['), path.parts))
+    return [(Path(p).relative_to(root).as_posix(), Path(p)) for p in glob.glob(str(path), recursive=True)]
 
 def _column_file(source):
     "FILE:COLUMN; a path that exists as written was taken before."
@@ -57,7 +62,10 @@ _REFUSED = {'.parquet':'convert it to .jsonl', '.zip':'unpack it', '.tar':'unpac
 _BOMS = [(codecs.BOM_UTF8, 'utf-8'), (codecs.BOM_UTF32_LE, 'utf-32-le'), (codecs.BOM_UTF32_BE, 'utf-32-be'),
          (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be')] # UTF-32 first: its mark begins as UTF-16's does
 
-def read_blocks(path:Path):
+def read_blocks(
+    path:Path,
+    note=lambda line: None, # told when the text is not UTF-8 but of another encoding, known by its mark
+):
     "The text of one file (or of its `.gz`) in blocks; a `ValueError` names the file and the byte that is no UTF-8."
     suffix = path.suffix.lower()
     if suffix in _REFUSED:
@@ -66,6 +74,7 @@ def read_blocks(path:Path):
         with (gzip.open if suffix=='.gz' else open)(path, 'rb') as f:
             head = f.read(4)
             bom,encoding = next(((b,e) for b,e in _BOMS if head.startswith(b)), (b'', 'utf-8'))
+            if encoding!='utf-8': note(f'{path} is read as {encoding.upper()}, by the mark at its start.')
             yield from _decode(path, f, head[len(bom):], encoding, len(bom))
     except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path}: damaged .gz ({e})') from None
 
@@ -99,34 +108,43 @@ def cut(blocks):
     if text: yield text
 
 # %% ../nbs/01_data.ipynb #5286a0bf
-def documents(files:list, column:str=None):
+def documents(files:list, column:str=None, note=lambda line: None):
     "All pieces of all documents, with a `None` between two documents."
     first = True
     for _,path in files:
-        for doc in ([read_blocks(path)] if column is None else ([row] for row in _rows(path, column))):
+        for doc in ([read_blocks(path, note)] if column is None else ([row] for row in _rows(path, column))):
             if not first: yield None
             first = False
             yield from cut(doc)
 
 def _rows(path, column):
     "One field of each row of a `.jsonl` or `.csv`; a `ValueError` names the row that lacks it."
-    with (gzip.open if path.suffix=='.gz' else open)(path, 'rt', encoding='utf-8-sig', newline='') as f:
-        if path.name.removesuffix('.gz').endswith('.csv'): csv.field_size_limit(2**31-1)
-        rows = csv.DictReader(f) if path.name.removesuffix('.gz').endswith('.csv') else (json.loads(l) for l in f if l.strip())
+    csv.field_size_limit(2**31-1)
+    is_csv,i = path.name.removesuffix('.gz').endswith('.csv'),0
+    rows = csv.DictReader(_lines(path)) if is_csv else (json.loads(l) for l in _lines(path) if l.strip())
+    try:
         for i,row in enumerate(rows, 1):
             if not isinstance(row, dict) or column not in row:
                 has = f'it has {", ".join(map(str, row))}' if isinstance(row, dict) else 'the row is no object'
                 raise ValueError(f'{path}: row {i} has no column {column!r}; {has}')
             yield str(row[column] or '')
+    except (json.JSONDecodeError, csv.Error) as e: raise ValueError(f'{path}: row {i+1} cannot be read ({e})') from None
+
+def _lines(path):
+    "The lines of a text file, each with its end."
+    rest = ''
+    for block in read_blocks(path):
+        *whole,rest = (rest+block).split('\n')
+        yield from (l+'\n' for l in whole)
+    if rest: yield rest
 
 def fingerprint(pieces)->tuple:
     "SHA-256 of a corpus' contents, wherever its files lie, and its size in bytes."
     h,size = hashlib.sha256(),0
-    for p in pieces:
-        b = b'\xff' if p is None else p.encode('utf-8', 'surrogatepass') # 0xff is in no UTF-8 text
-        h.update(b)
-        size += len(b)
+    for b in map(_bytes, pieces): h.update(b); size += len(b)
     return h.hexdigest()[:32],size
+
+def _bytes(piece): return b'\xff' if piece is None else piece.encode('utf-8', 'surrogatepass') # 0xff is in no UTF-8 text
 
 # %% ../nbs/01_data.ipynb #d694cdf1
 EOT = '<|endoftext|>'
@@ -147,15 +165,25 @@ def train_tokenizer(
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tok.train_from_iterator(_evenly(pieces, size), trainer)
+    _heard(lambda: tok.train_from_iterator(_evenly(pieces, size), trainer))
     return tok.to_str()
+
+def _heard(f):
+    "Run `f` in a thread, so that a signal is heard meanwhile."
+    def run():
+        try: f()
+        except BaseException as e: failed.append(e)
+    failed,worker = [],threading.Thread(target=run, daemon=True)
+    worker.start()
+    while worker.is_alive(): worker.join(.1)
+    if failed: raise failed[0]
 
 def _evenly(pieces, size):
     "About `_SAMPLE` bytes of the corpus: a piece is taken whenever less than its share has been."
     seen = taken = 0
     for p in pieces:
         if p is None: continue
-        n = len(p.encode('utf-8', 'surrogatepass'))
+        n = len(_bytes(p))
         if taken*max(size, _SAMPLE)<=seen*_SAMPLE: taken += n; yield p
         seen += n
 
@@ -219,7 +247,7 @@ def encode(pieces, tok, out, dtype)->tuple:
             n += len(ids)
         batch.clear()
     for p in pieces:
-        h.update(b'\xff' if p is None else p.encode('utf-8', 'surrogatepass'))
+        h.update(_bytes(p))
         batch.append(p)
         size += len(p or '')
         if size>=_BATCH: flush(); size = 0
@@ -312,7 +340,7 @@ def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
         if column is None and name.removesuffix('.gz').endswith(('.jsonl', '.csv')):
             note(f'{name} is trained on as it stands, syntax included; {where}:COLUMN reads one field.')
             break
-    contents,size = fingerprint(documents(files, column))
+    contents,size = fingerprint(documents(files, column, note))
     if not size: raise ValueError(f'{where} is empty: it takes at least {2*(config.block_size+1)} tokens')
     _same_contents(contents, where, saved, allow_new_data)
     if tokenizer is None:
@@ -321,7 +349,9 @@ def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
             note(f'Training a tokenizer on {where} ({size/1e6:,.1f} MB), once.')
             _write_whole(path, train_tokenizer(documents(files, column), size, config.vocab_size))
         tokenizer = path.read_text(encoding='utf-8')
-    if open_tokens(root/cache_key(contents, tokenizer)) is None: note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
+    if open_tokens(root/cache_key(contents, tokenizer)) is None:
+        note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
+        if (free := shutil.disk_usage(root).free)<size: note(f'{root} has {free/1e9:.1f} GB free, the token file may take {size/1e9:.1f}; LMNB_CACHE names another folder.')
     return contents,tokenizer,token_file(root, contents, tokenizer, lambda: documents(files, column))
 
 def _write_whole(path, text):

@@ -165,7 +165,7 @@ def keep_record(
     stride = interval
     while record['step']//stride>limit: stride *= 2
     if record['step']%stride==0: history.append(record)
-    if len(history)>limit: history[:] = [r for r in history if r['step']%stride==0]
+    if stride>interval and history[:1] and history[0]['step']%stride: history[:] = [r for r in history if r['step']%stride==0]
 
 # %% ../nbs/05_history.ipynb #68900769
 @dataclass

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
     def __init__(self, n:int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n))
-    def forward(self, x): return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+    def forward(self, x): return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6) # in float32 also under autocast
 
 def rotary_table(
     n:int,        # positions
@@ -93,8 +93,9 @@ class GPT(nn.Module):
     def __init__(self, config:ExperimentConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        with torch.random.fork_rng(devices=[]): # torch's modules draw weights that are drawn anew below
+            self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         for name,table in zip(('cos', 'sin'), rotary_table(config.block_size, config.head_dim)):
             self.register_buffer(name, table, persistent=False)

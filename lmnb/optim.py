@@ -124,6 +124,8 @@ def load_optim_state(
     for g,names in zip(groups, (g['params'] for g in live['param_groups'])):
         old,own = ({k:v for k,v in d.items() if k not in _HERE} for d in (theirs[names[0]], g))
         _same_names(f'optimizer group of {names[0]}', old, own)
+        if bad := [k for k in own if not isinstance(old[k], (list, tuple) if k=='betas' else (int, float))]:
+            raise ValueError(f'optimizer group of {names[0]}: {bad[0]}={old[bad[0]]!r:.40} is no number')
         g.update({k:tuple(v) if isinstance(v, list) else v for k,v in old.items()})
 
 _HERE = ('params', 'fused', 'foreach', 'capturable', 'differentiable', 'maximize', 'decoupled_weight_decay') # torch's own: how, not what

@@ -59,7 +59,8 @@ def _loss_range(ax, h, end):
     "The first steps must not flatten the rest: the top is the loss after 3 % of the axis."
     train,val = h.train['loss'],h.val['loss']
     seen = smooth(train)[h.train['step']>=.03*end] if len(train) else train
-    seen = np.concatenate([x[np.isfinite(x)] for x in (seen, train[-max(1, len(train)//2):], val)])
+    raw = train[len(train)//2:][np.isfinite(train[len(train)//2:])]
+    seen = np.concatenate([x[np.isfinite(x)] for x in (seen, np.percentile(raw, (5, 95)) if len(raw) else raw, val)])
     if len(seen)>1: ax.set_ylim(seen.min()-.12, max(seen.max(), seen.min()+.2)+.05)
 
 # %% ../nbs/06_plots.ipynb #19cc4750
@@ -87,7 +88,7 @@ def draw_run(
         lr.plot(to_come, [plan.lr(max(1, int(k))) for k in to_come], '--', color=BLUE, lw=1)
     for s in h.resumes:
         for ax in (loss, lr): ax.axvline(s, ls=':', lw=.8, color=INK)
-        loss.annotate('resumed', (s, 1), xycoords=('data', 'axes fraction'), fontsize=7, color=INK, va='top', xytext=(2, 0), textcoords='offset points')
+        loss.annotate('resumed', (s, 0), xycoords=('data', 'axes fraction'), fontsize=7, color=INK, va='bottom', xytext=(2, 2), textcoords='offset points')
     lr.set_xlim(0, end); lr.set_ylim(0)
     _loss_range(loss, h, end)
     loss.legend(frameon=False, fontsize=8, loc='upper right', ncols=4)

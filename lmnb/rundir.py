@@ -184,9 +184,9 @@ def keep_named(self:RunDir, name:str, step:int=None):
     if old and old.step not in (None, step) and not (self/step_name(old.step)).exists(): link(old.path, self/step_name(old.step))
 
 @patch
-def best(self:RunDir)->Checkpoint|None:
-    "The lowest validation loss among the living, the present `best_model.pt` at equal losses; never the auto save."
-    known = [c for c in self.living() if c.path.name!=AUTO and c.val_loss is not None and c.error is None]
+def best(self:RunDir, since:int=-1)->Checkpoint|None:
+    "The lowest validation loss among the living after step `since`, the present `best_model.pt` at equal losses; never the auto save."
+    known = [c for c in self.living() if c.path.name!=AUTO and c.val_loss is not None and math.isfinite(c.val_loss) and c.error is None and c.step>since]
     return min(known, key=lambda c: (c.val_loss, c.path.name!=WORDS['best']), default=None)
 
 @patch
@@ -260,22 +260,24 @@ class Heartbeat:
 BEGAN = time.time() # about when this process did
 CODES = dict(SIGINT=130, SIGTERM=143, SIGHUP=129)
 
-class Stopped(Exception): "A wish to end, heard while it could be obeyed at once."
+class Stopped(BaseException): "A wish to end, heard while it could be obeyed at once."
 
 class Stop:
     "Turns signals, the file `stop` and the clock into one question: is it time to end?"
     def __init__(self, max_minutes:float=None): # counted from now; None: no limit
-        self.reason,self.at_once,self.max_minutes,self.old = None,False,max_minutes,{}
+        self.reason,self.at_once,self.old = None,False,{}
         self.deadline = None if max_minutes is None else time.monotonic()+60*max_minutes
+
+    def clear(self): self.reason = self.deadline = None
 
     @property
     def exit_code(self)->int: return CODES.get(self.reason, 0)
 
     def _signal(self, number, frame):
         name = signal.Signals(number).name
-        if self.reason is not None and name=='SIGINT': raise KeyboardInterrupt
-        self.reason = name
-        if self.at_once: raise Stopped(name)
+        if name==self.reason=='SIGINT': raise KeyboardInterrupt
+        self.reason = self.reason or name
+        if self.at_once: raise Stopped(self.reason)
 
     def asked(self, run:RunDir=None)->str|None:
         "The reason to end, or None; a `stop` file is obeyed and deleted."
@@ -291,7 +293,8 @@ class Stop:
 def listening(self:Stop):
     "Hear signals within the block (in the main thread, the only one that can); as it was afterwards."
     mine = threading.current_thread() is threading.main_thread() and not self.old
-    if mine: self.old = {s:signal.signal(s, self._signal) for s in (getattr(signal, n, None) for n in CODES) if s is not None}
+    if mine: self.old = {s:signal.signal(s, self._signal) for s in (getattr(signal, n, None) for n in CODES)
+                         if s is not None and signal.getsignal(s)!=signal.SIG_IGN} # nohup's wish stands
     try: yield self
     finally:
         if mine:
@@ -330,7 +333,7 @@ def runs_table(root='.')->str:
         lines.append(f'{run}: {s.get("state", "no run.json")}' + (f' at {living[0].step} of {living[0].max_steps}' if living else ', no checkpoints'))
         for c in living:
             val = '     -' if c.val_loss is None else f'{c.val_loss:6.3f}'
-            note = f'DAMAGED: {c.error}' if c.error else ', '.join(c.names)
+            note = f'DAMAGED: {c.error}' if c.error else ', '.join(c.names)+('' if c.checked else ' (not checked)')
             step = '?' if c.step is None else f'{c.step:,}'
             lines.append(f'  {step:>10}  val {val}  {duration(max(0, time.time()-c.mtime)):>10} ago  {c.size/1e6:8.1f} MB  {note}')
     return '\n'.join(lines) or f'no runs below {root}'

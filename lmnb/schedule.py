@@ -51,7 +51,7 @@ class Plan:
         if k<1: return 0.
         c,s = self.config,[s for s in self.segments if s['from_step']<k][-1]
         if s['kind']=='fall':
-            end = c.min_lr_frac*c.lr
+            end = min(c.min_lr_frac*c.lr, s['lr'])
             return end+(s['lr']-end)*max(0., 1-(k-s['from_step'])/(s['max_steps']+1-s['from_step']))
         rate = straight_lr(c, s['max_steps'], k)
         return rate if s['kind']=='straight' else min(rate, s['lr']+(k-s['from_step'])*c.lr/s['climb_steps'])
@@ -93,13 +93,17 @@ def before_fall(self:Plan, step:int)->bool:
     last = self.begun(step)[-1]
     return last['kind']!='fall' and step<=fall_start(self.config, last['max_steps'])
 
+@patch
+def at_trunk(self:Plan, step:int)->bool:
+    "Whether the rate at `step` is that of a straight run before its cooldown, so that it is a trunk wherever the cooldown begins."
+    return self.config.schedule=='wsd' and self.before_fall(step) and self.lr(step)==straight_lr(self.config, self.begun(step)[-1]['max_steps'], step)
+
 @patch(as_prop=True)
 def trunk_step(self:Plan)->int|None:
     "The last step before the cooldown, from which the run can be extended exactly; None if there is none."
     last = self.segments[-1]
     step = fall_start(self.config, self.max_steps)
-    if self.config.schedule!='wsd' or last['kind']=='fall' or not last['from_step']<step<self.max_steps: return None
-    return step if self.lr(step)==straight_lr(self.config, self.max_steps, step) else None # not inside a climb
+    return step if last['from_step']<step<self.max_steps and self.at_trunk(step) else None # not inside a climb
 
 @patch
 def extended(self:Plan,
@@ -110,8 +114,8 @@ def extended(self:Plan,
     if max_steps==self.max_steps: return self
     if max_steps<=step: raise ValueError(f'extend_steps={max_steps} must be above the checkpoint\'s step {step}: it is the new total')
     done,c,rate = self.begun(step),self.config,self.lr(step)
-    shorter,last = max_steps<self.max_steps,done[-1]
-    if self.before_fall(step) and not (shorter and last['kind']=='climb' and rate<straight_lr(c, last['max_steps'], step)):
+    last,shorter = done[-1],max_steps<done[-1]['max_steps']
+    if self.before_fall(step) and not (shorter and (c.schedule=='cosine' or rate<straight_lr(c, last['max_steps'], step))):
         if step<=fall_start(c, max_steps): return Plan(c, (*done[:-1], {**last, 'max_steps':max_steps}))
         shorter = True # no time for a whole cooldown: down at once
     add = dict(from_step=step, max_steps=max_steps, lr=rate)

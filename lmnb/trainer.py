@@ -6,8 +6,8 @@
 __all__ = ['BF16_FROM', 'TrainingFailed', 'resolve_device', 'resolve_amp', 'surroundings', 'Trainer', 'new_id', 'mask_seed',
            'in_notebook', 'program', 'changed_config', 'threads_as', 'stream_sample', 'sample']
 
-# %% ../nbs/10_trainer.ipynb #199d409b
-import hashlib, math, os, platform, shutil, sys, time
+# %% ../nbs/10_trainer.ipynb #986e4ffe
+import hashlib, math, os, platform, shlex, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -67,7 +67,7 @@ class Trainer:
         self.run = RunDir(checkpoint_dir)
         if not new_run: self.run.refuse_new_run()
         _writable(self.run)
-        self.new_run,self.parent,self.ckpt = new_run,None,None
+        self.new_run,self.parent,self.ckpt,self.differs,self.done = new_run,None,None,[],False
         self._setup(config, {}, listeners, stop, quiet)
         self.plan = Plan.straight(self.config)
         self.lineage = [dict(id=new_id(), parent=None, from_step=0, run_id=new_id())]
@@ -79,7 +79,7 @@ class Trainer:
         self.config = override(config, amp=resolve_amp(config, self.device))
         if self.config.amp=='bf16' and not has_bf16(self.device.type): say('bf16 is slow here: this processor has no instructions for it.')
         self.step,self.best_val_loss,self.named_best,self.bad_steps,self.saved_step = 0,math.inf,math.inf,0,None
-        self.train_history,self.val_history,self.segment_began = [],[],False
+        self.train_history,self.val_history,self.segment_began,self.evaluated = [],[],False,0
         with self.stop.listening(), self.stop.interruptible(): self.corpus = load_corpus(self.config, saved.get('data_state'), note=say, **data)
         self.tokenizer = as_tokenizer(self.corpus.tokenizer)
         self.model = GPT(self.config).to(self.device)
@@ -94,8 +94,8 @@ def new_id()->str: return uuid4().hex[:12]
 
 def _writable(run):
     "Refuse a folder that cannot be written, before any work is done for it."
-    run.path.mkdir(parents=True, exist_ok=True)
-    if not os.access(run.path, os.W_OK): raise PermissionError(f'{run} cannot be written; choose another --checkpoint-dir')
+    there = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK): raise ValueError(f'{run} cannot be written ({there}); choose another --checkpoint-dir')
 
 # %% ../nbs/10_trainer.ipynb #1c46183d
 @patch
@@ -164,8 +164,7 @@ def evaluate(self:Trainer)->float:
 @patch
 def _evaluation_due(self:Trainer)->bool:
     "Whether the present step is one to evaluate, and was not."
-    done = self.val_history and self.val_history[-1]['step']==self.step
-    return self.step>0 and not done and (self.step%self.config.eval_interval==0 or self.step==self.plan.max_steps)
+    return self.step>self.evaluated and (self.step%self.config.eval_interval==0 or self.step==self.plan.max_steps)
 
 @patch
 def _evaluate_here(self:Trainer)->float|None:
@@ -176,7 +175,7 @@ def _evaluate_here(self:Trainer)->float|None:
     except Exception as e:
         self.events.emit('warn', step=self.step, code='eval', text=f'the evaluation at step {self.step} failed: {type(e).__name__}: {e}')
         return None
-    record = dict(step=self.step, loss=loss)
+    record,self.evaluated = dict(step=self.step, loss=loss),self.step
     if self.step==self.plan.max_steps: self.val_history.append(record)
     else: keep_record(self.val_history, record, self.config.eval_interval)
     self.best_val_loss = min(self.best_val_loss, loss) if math.isfinite(loss) else self.best_val_loss
@@ -210,10 +209,14 @@ def _names_due(self:Trainer, val_loss)->list:
 def _save(self:Trainer, names, val_loss=None):
     "Hand a copy of the state to the writer; training goes on while it writes."
     self._collect()
+    if bad := next((n for n,p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
+        raise TrainingFailed(f'{bad} is not finite at step {self.step}, so it is not saved; the last checkpoint is untouched. A lower lr, in a new run, may do')
+    if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
     if WORDS['best'] in names: self.named_best = val_loss
-    if WORDS['trunk'] in names: self.run.keep_named(WORDS['trunk'], self.step)
+    if WORDS['trunk'] in names:
+        with self._disk_may_refuse(): self.run.keep_named(WORDS['trunk'], self.step)
     self.writer.save(self.state_dict(val_loss), names)
-    self.saved_step,self.last_save = self.step,time.monotonic()
+    self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
     self._collect()
 
 @patch
@@ -226,12 +229,21 @@ def _collect(self:Trainer, wait=False):
         self.failed_at = None
         self.events.emit('save', **r)
         if step_name(r['step']) not in r['names']: continue
-        self.run.prune(self.config.keep_last, describe(self.run/r['names'][0]))
-        if (auto := self.run/AUTO).exists() and (describe(auto).step or 0)<=r['step']: auto.unlink()
+        with self._disk_may_refuse():
+            self.run.prune(self.config.keep_last, describe(self.run/r['names'][0]))
+            if (auto := self.run/AUTO).exists() and (describe(auto).step or 0)<=r['step']: auto.unlink()
+
+@patch
+@contextmanager
+def _disk_may_refuse(self:Trainer):
+    "Tidying up that fails is a warning and no more."
+    try: yield
+    except OSError as e: self.events.emit('warn', step=self.step, code='disk', text=f'{e.filename}: {e.strerror}; training goes on')
 
 @patch
 def _save_failed(self:Trainer, r, error):
-    "Say it, once, and remember to try again."
+    "Say it, once, and remember to try again; the best on the disk is still the old one."
+    if WORDS['best'] in r['names']: self.named_best = self._best_on_disk()
     if self.failed_at is None:
         self.events.emit('warn', step=r['step'], code='save', text=f'{", ".join(r["names"])} could not be saved: {error}; older files stand, trying again')
     self.failed_at = time.monotonic()
@@ -242,7 +254,7 @@ def _after_step(self:Trainer, record):
     "Record step, evaluate and save as due."
     c,k,now = self.config,self.step,time.monotonic()
     if k%c.log_interval==0: keep_record(self.train_history, record, c.log_interval)
-    if k%c.log_interval==0 or self.steps_since==0 or now-self.told>=1 or k==self.plan.max_steps: self._tell(record, now)
+    if k%c.log_interval==0 or not self.said_any or now-self.told>=1 or k==self.plan.max_steps: self._tell(record, now)
     self._evaluate_and_save()
     if self.failed_at is not None and now-self.failed_at>30: self.writer.retry()
     self._collect()
@@ -253,7 +265,7 @@ def _tell(self:Trainer, record, now):
     n = max(1, self.step-self.told_step)
     c,dt = self.config,self.busy_s/n
     self.events.emit('train', **record, tokens=self.step*c.batch_size*c.block_size, tok_per_s=c.batch_size*c.block_size/max(dt, 1e-9), dt_ms=dt*1e3)
-    self.told,self.told_step,self.busy_s,self.steps_since = now,self.step,0.,1
+    self.told,self.told_step,self.busy_s,self.said_any = now,self.step,0.,True
     self.beat.fields.update(step=self.step)
 
 @patch
@@ -272,9 +284,9 @@ def fit(self:Trainer,
     "Train to the plan's end or until stopped; `RunBusy` if another process trains here, `TrainingFailed` if it cannot go on."
     if max_minutes is not None: self.stop.deadline = time.monotonic()+60*max_minutes
     self.interrupted = None
+    if self._complete(): return self
     with self.run.locked(), _generator_kept(self.device), self.stop.listening():
         self._refuse_newer()
-        if self._complete(): return self
         self._begin()
         state = 'failed'
         try:
@@ -282,13 +294,14 @@ def fit(self:Trainer,
             state = 'stopped' if self.interrupted else 'finished'
         finally: self._finish(state)
     self._farewell()
+    self.stop.clear() # the next `fit` is a new wish
     return self
 
 @patch
 def _loop(self:Trainer):
     "Steps until the end, or until asked to stop; at least one is done when only the clock asks."
     if self._evaluation_due(): self._evaluate_and_save()
-    first = self.step
+    first,reason = self.step,None
     while self.step<self.plan.max_steps:
         reason = self.stop.asked(self.run)
         if reason and (self.step>first or reason!='max-minutes'): break
@@ -297,9 +310,9 @@ def _loop(self:Trainer):
         self.step += 1
         self.busy_s += time.perf_counter()-t0
         self._after_step(record)
-    else: return
+    else: reason = self.stop.reason if self._evaluation_due() else None # asked in the last evaluation, which is due again
     self.interrupted = reason
-    if self.step>first and self.saved_step!=self.step: self._save([AUTO])
+    if reason and self.step>first and self.saved_step!=self.step: self._save([AUTO])
 
 @contextmanager
 def _generator_kept(device):
@@ -321,14 +334,13 @@ def _begin(self:Trainer):
         if self.ckpt is None: self._begin_new()
         else: self._begin_resumed()
         self.segment_began,self.saved_step = True,None
-    show = self._display()
-    self.events = Events(self.run.path, self.lineage[0]['run_id'] if self.ckpt is None else self.lineage[-1]['run_id'], self.lineage[-1]['id'], [show], self.listeners)
     if first: self._backfill()
+    self.events = Events(self.run.path, self.lineage[-1]['run_id'], self.lineage[-1]['id'], [self._display()], self.listeners)
     about = dict(step=self.step, max_steps=self.plan.max_steps, lineage=self.lineage, command=sys.argv, versions=surroundings(self.config, self.device), config=asdict(self.config))
-    if self.ckpt is None: self.events.emit('start', **about)
-    else: self.events.emit('resume', **about, parent=str(self.parent), exact=not self.differs, differs=self.differs)
+    if self.step==0: self.events.emit('start', **about)
+    else: self.events.emit('resume', **about, parent=self.parent and str(self.parent), exact=not self.differs, differs=self.differs)
     self.beat = Heartbeat(self.run, state='running', step=self.step, max_steps=self.plan.max_steps, command=sys.argv, run_id=self.events.run_id, versions=about['versions'])
-    self.busy_s,self.steps_since,self.told,self.told_step,self.failed_at = 0.,0,time.monotonic(),self.step,None
+    self.busy_s,self.said_any,self.told,self.told_step,self.failed_at = 0.,False,time.monotonic(),self.step,None
     self.last_save = time.monotonic()
     self._room()
 
@@ -346,16 +358,28 @@ def _begin_resumed(self:Trainer):
     c = self.ckpt
     aside = self.run.go_back(c)
     if aside: say(f'Set aside in {aside}: {", ".join(sorted(p.name for p in aside.iterdir()))}.')
-    if c.path.parent.resolve()!=self.run.path.resolve(): link(c.path, self.run/step_name(c.step))
-    elif is_ours(c.path.name): self.run.heal(self.lineage[-1]['run_id'])
-    else: link(c.path, self.run/step_name(c.step))
-    if self.early_trunk: self.run.take_name(WORDS['trunk'], self.run.living()[0])
-    if aside and (best := self.run.best()):
+    if self.where=='own' and is_ours(c.path.name): self.run.heal(self.lineage[-1]['run_id'])
+    else:
+        link(c.path, self.run/step_name(c.step))
+        c.path = self.run/step_name(c.step)
+    if self.early_trunk: self.run.take_name(WORDS['trunk'], c)
+    if (aside or self.where=='aside') and (best := self.run.best(self._data_since())):
         self.run.take_name(WORDS['best'], best)
         if best.val_loss>self.best_val_loss: say(f'The best validation loss up to here, {self.best_val_loss:.4f}, was at a step no longer here; best_model.pt is now step {best.step} ({best.val_loss:.4f}).')
-    best = self.run/WORDS['best']
     if self.new_data: self.run.keep_named(WORDS['best'])
-    elif best.exists(): self.named_best = b if (b := describe(best).val_loss) is not None else self.best_val_loss
+    self.named_best = self._best_on_disk()
+
+@patch
+def _data_since(self:Trainer)->int:
+    "The step from which on the present data were trained on."
+    return max((s['from_step'] for s in self.lineage if 'new_data' in s), default=-1)
+
+@patch
+def _best_on_disk(self:Trainer)->float:
+    "The validation loss that a new best must be below: that of `best_model.pt`, if it is of these data."
+    have = describe(self.run/WORDS['best'])
+    if have.error or have.step is not None and have.step<=self._data_since(): return math.inf
+    return self.best_val_loss if have.val_loss is None or math.isnan(have.val_loss) else have.val_loss
 
 # %% ../nbs/10_trainer.ipynb #d6f3e4ba
 @patch
@@ -363,8 +387,11 @@ def _backfill(self:Trainer):
     "Write the records of the checkpoint's histories that the event file lacks."
     events,_,skipped = read_events(self.run/'metrics.jsonl')
     have = follow(events, skipped, self.lineage)
+    old = Events(self.run.path, self.lineage[-1]['run_id'], self.lineage[-1]['id']) # nobody listens: these are no news
     for kind,segment,r in lacking(have, self.lineage, dict(train=self.train_history, val=self.val_history)):
-        self.events.emit(kind, **r, segment=segment)
+        tokens = dict(tokens=r['step']*self.config.batch_size*self.config.block_size) if kind=='train' else {}
+        old.emit(kind, **r, **tokens, segment=segment)
+    old.close()
 
 @patch
 def _on_disk(self:Trainer)->set: return {(c.path.name, c.step, c.mtime) for c in self.run.living()}
@@ -378,8 +405,9 @@ def _refuse_newer(self:Trainer):
 @patch
 def _complete(self:Trainer)->bool:
     "Nothing left to do: say so, with the command that goes on; make names true."
-    if self.step<self.plan.max_steps or self._evaluation_due(): return False
-    self.run.heal(self.lineage[-1]['run_id'])
+    if not self.done and (self.step<self.plan.max_steps or self._evaluation_due()): return False
+    if self.run.path.is_dir():
+        with self.run.locked(): self.run.heal(self.lineage[-1]['run_id'])
     say(f'Training already complete at step {self.step} of {self.plan.max_steps}. To go on: {self._command("trunk" if (self.run/WORDS["trunk"]).exists() else "latest", 2*self.step)}')
     return True
 
@@ -412,19 +440,18 @@ def _finish(self:Trainer, state):
 def _command(self:Trainer, what, extend=None)->str:
     "The line to copy, in the spelling of who runs this."
     if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"' + (f', extend_steps={extend}' if extend else '') + ').fit()'
-    where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {self.run}'
+    where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {shlex.quote(str(self.run))}'
     return f'{program("lmnb-train")} --resume {what}' + (f' --extend-steps {extend}' if extend else '') + where
 
 @patch
 def _farewell(self:Trainer):
     "How it ended, and what to do next."
     if self.interrupted:
-        last = self.run.latest(note=lambda _: None)
-        return say(f'Stopped at step {self.step} of {self.plan.max_steps} ({self.interrupted}); ' + (f'saved as {last.path.name}' if last else 'nothing was trained, nothing saved')
-                   + f'. To go on: {self._command("latest-or-new" if last is None else "latest")}')
+        saved = f'saved as {self.saved_as}' if self.saved_step==self.step else 'no step was done, nothing had to be saved'
+        return say(f'Stopped at step {self.step} of {self.plan.max_steps} ({self.interrupted}); {saved}. To go on: {self._command("latest" if self.step else "latest-or-new")}')
     last = f', validation loss {self.val_history[-1]["loss"]:.4f}' if self.val_history else ''
     say(f'Finished at step {self.step} of {self.plan.max_steps}{last} (best {self.best_val_loss:.4f}).')
-    say(f'Sample: ' + (f'sample("{self.run}", "def ")' if in_notebook() else f'{program("lmnb-sample")} {self.run} --prompt "def "'))
+    say(f'Sample: ' + (f'sample("{self.run}", "def ")' if in_notebook() else f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def "'))
     say(f'Extend: {self._command("trunk" if (self.run/WORDS["trunk"]).exists() else "latest", 2*self.plan.max_steps)}')
 
 def in_notebook()->bool:
@@ -438,7 +465,7 @@ def program(name:str)->str:
     if here.name=='run_experiment.py' and name=='lmnb-train': return f'python {sys.argv[0]}'
     beside = here.with_name(name)
     if not here.name.startswith('lmnb-') or shutil.which(name)==str(beside): return name
-    return os.path.relpath(beside)
+    return shlex.quote(os.path.relpath(beside))
 
 @patch
 def _display(self:Trainer):
@@ -471,39 +498,46 @@ def resume(cls:Trainer,
             return cls(override(config or preset(), **changes, **new), run.path, new_run=new_run, **rest)
         run.holds_run() # names the damaged ones if all are
         what,config = 'latest',None
-    path = run.find(what)
-    run = _home(path, checkpoint_dir, what)
+    path = Path(os.path.abspath(run.find(what)))
+    try: saved = load_checkpoint(path)
+    except CheckpointError as e: raise _with_way_out(e, path) from None
     self = cls.__new__(cls)
-    self._restore(run, path, extend_steps, config, data, tokenizer, allow_new_data, changes, rest)
+    self.run,self.where = _home(path, checkpoint_dir)
+    self._restore(path, saved, extend_steps, config, data, tokenizer, allow_new_data, changes, rest)
     return self
 
-def _home(path, checkpoint_dir, what)->RunDir:
-    "The folder that a resume of `path` continues in."
-    own = RunDir(path.parent)
-    given = checkpoint_dir is not None
-    aside = path.parent.parent.name=='superseded' and RunDir(path.parent.parent.parent)
-    if aside and (not given or RunDir(checkpoint_dir).path.resolve()==aside.path.resolve()):
+def _home(path, checkpoint_dir)->tuple:
+    "The folder that a resume of `path` continues in, and where the file lies: in its own, aside in it, or in another run (a branch)."
+    given = None if checkpoint_dir is None else RunDir(checkpoint_dir)
+    aside = path.parent.parent.name=='superseded' and RunDir(_short(path.parent.parent.parent))
+    if aside and (not given or given.path.resolve()==aside.path.resolve()):
         if (path.parent/'metrics.jsonl').exists() or (path.parent/'run.json').exists():
             raise ValueError(f'{path} belongs to another run, which --new-run set aside; branch it: --resume {path} --checkpoint-dir NEW')
-        return aside
+        return aside,'aside'
     others = {p.name for p in path.parent.iterdir()}-{path.name}
     alone = not any(is_ours(n) or n in ('metrics.jsonl', 'run.json', 'superseded') for n in others)
-    home = RunDir(checkpoint_dir if given else 'checkpoints' if alone else path.parent)
-    if home.path.resolve()!=own.path.resolve():
-        if home.holds_run(): raise RunExists(f'{home} holds a run: go on with it by --checkpoint-dir {home} --resume latest, or choose another folder for the branch')
-        say(f'A branch of {path}, in {home}.')
-    return home
+    home = given or RunDir('checkpoints' if alone else _short(path.parent))
+    if home.path.resolve()==path.parent.resolve(): return home,'own'
+    if home.holds_run(): raise RunExists(f'{home} holds a run: go on with it by --checkpoint-dir {home} --resume latest, or choose another folder for the branch')
+    say(f'A branch of {_short(path)}, in {home}.')
+    return home,'branch'
+
+def _short(path):
+    "A path as seen from here, if it lies below."
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 # %% ../nbs/10_trainer.ipynb #9168dd14
 @patch
-def _restore(self:Trainer, run, path, extend_steps, config, data, tokenizer, allow_new_data, changes, rest):
-    "Load `path` and become the run that goes on from it."
-    try: saved = load_checkpoint(path)
-    except CheckpointError as e: raise _with_way_out(e, path, run) from None
+def _restore(self:Trainer, path, saved, extend_steps, config, data, tokenizer, allow_new_data, changes, rest):
+    "Become the run that goes on from the checkpoint `saved`; what is wrong is said before anything is built."
     old = saved['config']
-    self.run,self.new_run,self.parent,self.ckpt = run,False,path,describe(path)
-    _writable(run)
-    new = changed_config(old, changes)
+    self.new_run,self.parent,self.ckpt = False,_short(path),describe(path)
+    _writable(self.run)
+    new,step = changed_config(old, changes),saved['global_step']
+    before = plan_from(old, saved['scheduler_state_dict'])
+    if extend_steps is not None and not extend_steps>0: raise ValueError(f'extend_steps={extend_steps} must be above 0: it is the new total of steps')
+    self.done = extend_steps==step
+    self.plan = before if extend_steps is None or self.done else before.extended(step, extend_steps)
     if config is not None and (d := config_diff(old, override(config, **{k:getattr(old, k) for k in RUN_TIME}))):
         say('--config is ignored, the checkpoint\'s settings are used: ' + ', '.join(f'{k} {a!r}, not {b!r}' for k,(a,b) in d.items()) + '.')
     had = saved.get('data_state')
@@ -511,40 +545,38 @@ def _restore(self:Trainer, run, path, extend_steps, config, data, tokenizer, all
     threads_as(saved.get('software'))
     self._setup(override(new, tokenizer=tokenizer or ('' if had else new.tokenizer)), saved, **rest, source=data, allow_new_data=allow_new_data)
     self.config = override(self.config, tokenizer=old.tokenizer)
-    self.step = self.ckpt.step = saved['global_step']
+    self.step = self.ckpt.step = step
     self.new_data = bool(had) and self.corpus.fingerprint!=had['fingerprint']
     self._load(saved)
-    before = self.plan
-    if extend_steps is not None and not extend_steps>0: raise ValueError(f'extend_steps={extend_steps} must be above 0: it is the new total of steps')
-    if extend_steps is not None and extend_steps!=self.step: self.plan = before.extended(self.step, extend_steps)
-    self.early_trunk = self.plan!=before and before.before_fall(self.step) and self.plan.segments[-1]['kind']=='fall'
+    self.early_trunk = self.plan!=before and before.at_trunk(step) and self.plan.segments[-1]['kind']=='fall'
     self.config = override(self.config, max_steps=self.plan.max_steps)
     self._join_line(saved)
     self.differs = self._differences(saved)
-    if self.step<self.plan.max_steps: say(self._resume_line(before))
+    if self.step<self.plan.max_steps and not self.done: say(self._resume_line(before))
 
 @patch
 def _load(self:Trainer, saved):
     "Copy every number of the checkpoint into the running objects; a `ValueError` names what does not fit."
     what = self.parent.name
     copy_tensors(f'{what}: model_state_dict', saved['model_state_dict'], self.model.state_dict())
-    try: load_optim_state(self.model, self.opts, saved['optimizer_state_dict'])
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f'{what}: optimizer_state_dict cannot be read ({type(e).__name__}: {e})') from None
-    self.plan = plan_from(self.config, saved['scheduler_state_dict'])
-    if self.scaler.is_enabled() and saved.get('scaler_state_dict'): self.scaler.load_state_dict(saved['scaler_state_dict'])
+    try:
+        load_optim_state(self.model, self.opts, saved['optimizer_state_dict'])
+        if self.scaler.is_enabled() and saved.get('scaler_state_dict'): self.scaler.load_state_dict(saved['scaler_state_dict'])
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{what}: the state of its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
+    if saved.get('val_loss') is not None or any(r['step']==self.step for r in saved['val_history'][-1:]): self.evaluated = self.step
     self.train_history,self.val_history = saved['train_history'],saved['val_history']
     self.best_val_loss = math.inf if self.new_data else saved['best_val_loss']
 
 @patch
 def _join_line(self:Trainer, saved):
     "A new segment at the end of the checkpoint's lineage; in another folder it begins another run."
-    line = saved['lineage'] or [dict(id=new_id(), parent=None, from_step=0, run_id=new_id())]
-    status = self.run.status().get('run_id')
-    same = self.parent.parent.resolve()==self.run.path.resolve() or self.parent.parent.parent.name=='superseded'
-    segment = dict(id=new_id(), parent=line[-1]['id'], from_step=self.step, run_id=line[-1].get('run_id') or status or new_id() if same else new_id())
+    line = saved['lineage']
+    run_id = None if self.where=='branch' or not line else line[-1].get('run_id')
+    segment = dict(id=new_id(), parent=line[-1]['id'] if line else None, from_step=self.step, run_id=run_id or new_id())
     if self.new_data: segment['new_data'] = self.corpus.fingerprint
     self.lineage = [*line, segment]
-    self.ckpt.lineage = line if saved['lineage'] else []
+    self.ckpt.lineage = line
 
 # %% ../nbs/10_trainer.ipynb #c460ccee
 def changed_config(old:ExperimentConfig, changes:dict)->ExperimentConfig:
@@ -581,7 +613,7 @@ def _resume_line(self:Trainer, before)->str:
         seam = f' ({"extended" if self.plan.max_steps>before.max_steps else "shortened"} from {before.max_steps}, {how})'
     return f'Resuming {self.parent} at step {self.step}, going to {self.plan.max_steps}{seam}: {kind}.'
 
-def _with_way_out(e, path, run):
+def _with_way_out(e, path):
     "A damaged file's error, with the checkpoint to use instead."
     good = next((c for c in RunDir(path.parent).living() if c.path!=path and describe(c.path, check=True).error is None), None)
     return CheckpointError(f'{e}.' + (f' Use {good.path} (step {good.step}) instead' if good else ''))

@@ -1,4 +1,4 @@
-"What the tests share: a small text, runs of the commands from outside, and what tells whether anything changed on disk."
+"What the tests share: a small text, commands run from outside, and what tells whether anything changed on disk."
 import ctypes
 import hashlib
 import json
@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')  # before torch: threads that spin take the others' cores
+os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')  # before torch: threads that spin take others' cores
 
 ROOT = Path(__file__).parent.parent
-TINY = 'vocab_size=300 block_size=32 n_layer=1 n_head=2 n_embd=16 batch_size=2 micro_batch_size=0 eval_batches=2 warmup_steps=5'.split()
-SHORT = (*TINY, 'dropout=0.1', 'max_steps=300', 'save_interval=50', 'eval_interval=25', 'log_interval=1')  # cooldown after 240
+TINY = ('vocab_size=300 block_size=32 n_layer=1 n_head=2 n_embd=16 batch_size=2 micro_batch_size=0 eval_batches=2 '
+        'warmup_steps=5').split()
+EVERY = ('save_interval=50', 'eval_interval=25', 'log_interval=1')
+SHORT = (*TINY, *EVERY, 'dropout=0.1', 'max_steps=300')  # its cooldown begins after step 240
 
 
 def command(program):
@@ -25,16 +27,14 @@ def command(program):
     return [sys.executable, '-m', 'lmnb.cli', program.removeprefix('lmnb-')]
 
 
-def train(*args, cwd, program='lmnb-train', limit=None, timeout=120, **env):
+def train(*args, cwd, program='lmnb-train', limit=None, **env):
     "Run a command from outside; `limit` is called in the new process before it begins."
-    p = subprocess.run([*command(program), *map(str, args)], cwd=cwd, env=dict(os.environ, **env), text=True, encoding='utf-8',
-                       capture_output=True, timeout=timeout, preexec_fn=limit)
+    p = subprocess.run([*command(program), *map(str, args)], cwd=cwd, env=dict(os.environ, **env), text=True,
+                       encoding='utf-8', capture_output=True, timeout=180, preexec_fn=limit)
     return SimpleNamespace(code=p.returncode, out=p.stdout, err=p.stderr)
 
 
-def powerless():
-    "Take from root what lets it pass over permissions (PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH)."
-    if os.geteuid() == 0: assert [ctypes.CDLL(None).prctl(24, cap, 0, 0, 0) for cap in (1, 2)] == [0, 0]
+def guided(*args, **kw): return train(*args, program='run_experiment.py', **kw)
 
 
 @pytest.fixture
@@ -50,13 +50,20 @@ def call(monkeypatch, capsys):
     return run
 
 
+def powerless():
+    "Take from root what passes over permissions (PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH)."
+    if os.geteuid() == 0: assert [ctypes.CDLL(None).prctl(24, cap, 0, 0, 0) for cap in (1, 2)] == [0, 0]
+
+
 def tree(folder):
     "All folders, and all files with hash and time, but for `.lock`: equal trees mean that nothing was touched."
-    return {str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) if p.is_file() else None
-            for p in Path(folder).rglob('*') if p.name != '.lock'}
+    def known(p): return (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) if p.is_file() else None
+    return {str(p.relative_to(folder)): known(p) for p in Path(folder).rglob('*') if p.name != '.lock'}
 
 
-def events(run, kind): return [e for e in map(json.loads, open(run/'metrics.jsonl', encoding='utf-8')) if e['kind'] == kind]
+def events(run, kind):
+    lines = (run/'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [e for e in map(json.loads, lines) if e['kind'] == kind]
 
 
 def unlike(a, b, skip=('lineage', 'software', 'data_state')):
@@ -88,10 +95,10 @@ def cache(tmp_path_factory):
 def text(tmp_path_factory): return write_text(tmp_path_factory.mktemp('text')/'corpus.txt')
 
 
-def _run(text, cwd, program, *args):
+def _run(text, cwd, start, *args):
     "A finished run of `corpus.txt`, named as seen from `cwd`."
     shutil.copy(text, cwd)
-    done = train('--data', 'corpus.txt', *args, cwd=cwd, program=program)
+    done = start('--data', 'corpus.txt', *args, cwd=cwd)
     assert done.code == 0, done.err
     return SimpleNamespace(cwd=cwd, run=cwd/'checkpoints', **vars(done))
 
@@ -99,13 +106,13 @@ def _run(text, cwd, program, *args):
 @pytest.fixture(scope='session')
 def guide(text, tmp_path_factory):
     "The guide's first command: 2,000 steps."
-    return _run(text, tmp_path_factory.mktemp('guide'), 'run_experiment.py', '--config', 'rtx4090', '--set', *TINY)
+    return _run(text, tmp_path_factory.mktemp('guide'), guided, '--config', 'rtx4090', '--set', *TINY)
 
 
 @pytest.fixture(scope='session')
 def short(text, tmp_path_factory):
     "300 steps, every one of them recorded."
-    return _run(text, tmp_path_factory.mktemp('short'), 'lmnb-train', '--config', 'medium', '--set', *SHORT)
+    return _run(text, tmp_path_factory.mktemp('short'), train, '--config', 'medium', '--set', *SHORT)
 
 
 @pytest.fixture
