@@ -154,7 +154,7 @@ def load_checkpoint(
             except CheckpointError: raise
             except Exception as e: # whatever a broken or hostile pickle brings up in the reader
                 raise CheckpointError(f'{path} cannot be read: {str(e).splitlines()[0]:.200}' if str(e) else f'{path} cannot be read') from None
-    return _checked(state, path, note)
+    return _checked(state, path, note, os.path.getsize(path))
 
 def _refusal(path, unsafe):
     "One line for classes that a checkpoint must not name."
@@ -163,7 +163,7 @@ def _refusal(path, unsafe):
     return CheckpointError(f'{path}: refused, it would run or make {unsafe[0]}; a checkpoint holds plain types, tensors and ExperimentConfig only')
 
 # %% ../nbs/08_checkpoint.ipynb #77221a9a
-def _checked(state, path, note):
+def _checked(state, path, note, size):
     "The keys of a file that torch could read, each of its type."
     if not isinstance(state, dict): raise CheckpointError(f'{path} is no checkpoint: it holds a {type(state).__name__}')
     if (v := state.get('format_version', FORMAT))!=FORMAT or type(v) is not int:
@@ -173,7 +173,8 @@ def _checked(state, path, note):
     if not isinstance(config, (dict, ExperimentConfig)): raise CheckpointError(f'{path}: its config is a {type(config).__name__}')
     try: state['config'],dropped = config_from(config)
     except ValueError as e: raise CheckpointError(f'{path}: its config is impossible: {e}') from None
-    if dropped: note(f'{path.name}: unknown settings dropped: {", ".join(dropped)}')
+    if dropped: note(f'{path.name}: unknown settings dropped: {", ".join(map(repr, dropped))}')
+    if (n := state['config'].n_params)>size: raise CheckpointError(f'{path}: its config (n_layer={state["config"].n_layer}, n_embd={state["config"].n_embd}) describes {n:,} parameters, the file has {size:,} bytes')
     if absent := [k for k in MORE if k not in state]: note(f'{path.name} has no {", ".join(absent)}: not restored.')
     for k in ('model_state_dict', 'optimizer_state_dict', 'scheduler_state_dict'): _is(path, state, k, dict)
     for k in ('global_step', 'epoch'):
@@ -211,10 +212,13 @@ def _check_more(path, state):
     if data := state.get('data_state'):
         for k in ('source', 'fingerprint', 'tokenizer'):
             if type(data.get(k)) is not str: raise CheckpointError(f'{path}: data_state has no {k}')
-    lineage = state.setdefault('lineage', [])
-    starts = [s.get('from_step') if isinstance(s, dict) and type(s.get('id')) is str else None for s in lineage] if isinstance(lineage, list) else [None]
-    if any(type(s) is not int for s in starts) or starts!=sorted(starts) or starts and (starts[0]<0 or starts[-1]>state['global_step']):
-        raise CheckpointError(f'{path}: its lineage cannot be')
+    if not _is_lineage(state.setdefault('lineage', []), state['global_step']): raise CheckpointError(f'{path}: its lineage cannot be')
+
+def _is_lineage(x, step):
+    "Segments with an id each, that begin one after the other and not after `step`."
+    if not isinstance(x, list) or not all(isinstance(s, dict) and type(s.get('id')) is str and type(s.get('from_step')) is int for s in x): return False
+    starts = [0, *(s['from_step'] for s in x), step]
+    return starts==sorted(starts)
 
 def _without_prefixes(x):
     "Names without what torch.compile and DataParallel put before them."
@@ -280,8 +284,9 @@ def _described(path, key):
             j = json.loads(z.read(MEMBER))
         config,_ = config_from(j['config'])
         losses = {k:None if j[k] is None else float(j[k]) for k in ('val_loss', 'best_val_loss')}
-        if not all(isinstance(x, t) for x,t in ((j['lineage'] or [], list), (j['names'], list), (j['software'] or {}, dict))): raise TypeError
-        return out|losses|dict(step=int(j['global_step']), epoch=int(j['epoch']), lineage=j['lineage'] or [], max_steps=config.max_steps,
+        lineage = j['lineage'] or []
+        if not (_is_lineage(lineage, int(j['global_step'])) and isinstance(j['names'], list) and isinstance(j['software'] or {}, dict)): raise TypeError
+        return out|losses|dict(step=int(j['global_step']), epoch=int(j['epoch']), lineage=lineage, max_steps=config.max_steps,
                                wanted=j['names'], config=asdict(config), software=j['software'] or {})
     except CheckpointError as e: return out|dict(error=str(e))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, zipfile.BadZipFile, EOFError) as e:

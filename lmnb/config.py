@@ -65,6 +65,10 @@ class ExperimentConfig:
     @property
     def n_ff(self): return -(-8*self.n_embd//3//8)*8  # SwiGLU's width: 8/3 of C, up to a multiple of 8
     @property
+    def n_params(self): # embedding, two norms a block and one at the end, and what stands in the blocks
+        attn = 2*self.n_embd*self.head_dim*(self.n_head+self.n_kv)+2*self.head_dim
+        return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
+    @property
     def micro_batch(self): return self.micro_batch_size or self.batch_size
 
 # %% ../nbs/00_config.ipynb #3f2db332
@@ -74,11 +78,13 @@ def _typed(name, value):
     if kind is float and type(value) is int: value = float(value)
     if kind is tuple and isinstance(value, (list, tuple)):
         if len(value)!=2 or not all(type(b) in (int, float) for b in value):
-            raise ValueError(f'{name}={value!r} must be two numbers, such as 0.9,0.95')
+            raise ValueError(f'{name}={_cut(value)} must be two numbers, such as 0.9,0.95')
         value = tuple(float(b) for b in value)
-    if type(value) is not kind: raise ValueError(f'{name}={value!r} must be {_KINDS[kind]}')
+    if type(value) is not kind: raise ValueError(f'{name}={_cut(value)} must be {_KINDS[kind]}')
     if kind is float and not math.isfinite(value): raise ValueError(f'{name}={value!r} must be a finite number')
     return value
+
+def _cut(value): return s if len(s := repr(value))<80 else s[:77]+'...'
 
 _KINDS = {int:'a whole number', float:'a number', bool:'True or False', str:'text', tuple:'two numbers, such as 0.9,0.95'}
 
@@ -89,14 +95,16 @@ _AT_LEAST = dict(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_kv_head=0, n
                  warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0, eval_interval=1, eval_batches=1,
                  log_interval=1, weight_decay=0, grad_clip=0, keep_last=0)
 _SHARES = dict(dropout=(0, .99), val_fraction=(0.0001, .9), cooldown_frac=(0, 1), min_lr_frac=(0, 1)) # both ends allowed
-_LIMIT = 10**12  # no whole number is larger: a file from a stranger must not ask for all memory by an integer's length
+_AT_MOST = dict(block_size=2**20, vocab_size=2**24, batch_size=2**20, n_layer=2**14) # a file from a stranger must not ask for all memory
+_LIMIT = 10**12 # of every other whole number
 
 # %% ../nbs/00_config.ipynb #2fba79e5
 def _complaints(c):
     "What is impossible in `c`, one sentence each."
-    wrong = [f'{k}={getattr(c, k)!r} must be one of {", ".join(v)}' for k,v in _CHOICES.items() if getattr(c, k) not in v]
-    wrong += [f'{k}={getattr(c, k)} must be at least {v}' for k,v in _AT_LEAST.items() if getattr(c, k)<v]
-    wrong += [f'{f.name} must be at most {_LIMIT}' for f in fields(c) if f.type is int and getattr(c, f.name)>_LIMIT]
+    wrong = [f'{k}={_cut(getattr(c, k))} must be one of {", ".join(v)}' for k,v in _CHOICES.items() if getattr(c, k) not in v]
+    wrong += [f'{k}={_cut(getattr(c, k))} must be at least {v}' for k,v in _AT_LEAST.items() if getattr(c, k)<v]
+    most = {f.name:_AT_MOST.get(f.name, _LIMIT) for f in fields(c) if f.type is int}
+    wrong += [f'{k}={_cut(getattr(c, k))} must be at most {v}' for k,v in most.items() if getattr(c, k)>v]
     wrong += [f'{k}={getattr(c, k)} must lie between {lo} and {hi}' for k,(lo,hi) in _SHARES.items() if not lo<=getattr(c, k)<=hi]
     if c.lr<=0: wrong.append(f'lr={c.lr} must be above 0')
     if not all(0<=b<1 for b in c.betas): wrong.append(f'betas={c.betas} must each be at least 0 and below 1')

@@ -562,6 +562,7 @@ def _load(self:Trainer, saved):
     try:
         load_optim_state(self.model, self.opts, saved['optimizer_state_dict'])
         if self.scaler.is_enabled() and saved.get('scaler_state_dict'): self.scaler.load_state_dict(saved['scaler_state_dict'])
+    except ValueError as e: raise ValueError(f'{what}: {e}') from None
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{what}: the state of its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
     if saved.get('val_loss') is not None or any(r['step']==self.step for r in saved['val_history'][-1:]): self.evaluated = self.step
