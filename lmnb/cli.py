@@ -74,6 +74,7 @@ def run(f, args, stop=None)->int:
 
 def _plain(e):
     "An error's message; of the system's errors the reason and the path."
+    if isinstance(e, MemoryError) or 'alloc' in str(e) and 'memory' in str(e): return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:]})'
     if isinstance(e, OSError) and e.strerror: return e.strerror + (f': {e.filename}' if e.filename else '')
     return str(e) or type(e).__name__
 

@@ -22,10 +22,13 @@ _SKIP = ('site-packages', 'dist-packages', 'idlelib', 'lib2to3', '__pycache__') 
 
 def stdlib_files()->list:
     "The standard library's `.py` files, as (relative name, path), in the order of their names."
-    root = Path(sysconfig.get_paths()['stdlib'])
-    def wanted(rel): return not any(p in _SKIP or p.startswith(('test', '.')) for p in rel.parts)
-    rels = sorted((f.relative_to(root) for f in root.rglob('*.py')), key=Path.as_posix)
-    return [(r.as_posix(), root/r) for r in rels if wanted(r) and (len(r.parts)==1 or (root/r.parts[0]/'__init__.py').exists())]
+    root,found = Path(sysconfig.get_paths()['stdlib']),[]
+    def wanted(name): return name not in _SKIP and not name.startswith(('test', '.'))
+    for folder,dirs,names in os.walk(root):
+        here = Path(folder)
+        dirs[:] = [d for d in dirs if wanted(d) and (here!=root or (here/d/'__init__.py').exists())]
+        found += [here/n for n in names if n.endswith('.py') and wanted(n)]
+    return sorted((p.relative_to(root).as_posix(), p) for p in found)
 
 def find_files(
     source:str, # 'stdlib', a file, a folder, a glob, or FILE:COLUMN of a .jsonl or .csv

@@ -104,6 +104,11 @@ def _autocast(self:Trainer):
     if amp=='off': return nullcontext()
     return torch.autocast(self.device.type, dtype=torch.bfloat16 if amp=='bf16' else torch.float16)
 
+@patch
+def _seed(self:Trainer, n:int):
+    "Seed the generator that dropout draws from; `torch.manual_seed` asks every device there could be."
+    (torch.cuda if self.device.type=='cuda' else torch.default_generator).manual_seed(n)
+
 def mask_seed(*numbers)->int:
     "A seed that is a function of whole numbers, and unlike that of their neighbours."
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], 'big')
@@ -116,7 +121,7 @@ def _train_step(self:Trainer, k:int)->dict:
     x,y = (t.to(self.device) for t in get_batch(self.corpus.train, k, c.batch_size, c.block_size, c.seed))
     loss = 0.
     for i,(xi,yi) in enumerate(zip(x.split(c.micro_batch), y.split(c.micro_batch))):
-        if c.dropout: torch.manual_seed(mask_seed(c.seed, k, i))
+        if c.dropout: self._seed(mask_seed(c.seed, k, i))
         with self._autocast(): part = self.forward(xi, yi)*(len(xi)/c.batch_size)
         self.scaler.scale(part).backward()
         loss = loss+part.detach()

@@ -44,8 +44,19 @@ def test_listing_runs_needs_no_torch(tmp_path):
     assert not loaded(f'import lmnb, lmnb.cli, lmnb.rundir; print(lmnb.rundir.runs_table({str(tmp_path)!r}))') & {'torch', 'matplotlib'}
 
 
-def test_training_imports_no_matplotlib():
-    assert 'torch' in (got := loaded('import lmnb.trainer')) and 'matplotlib' not in got
+TRAIN = """
+import os, pathlib
+os.environ['LMNB_CACHE'] = 'cache'
+pathlib.Path('t.txt').write_text('a few words '*900)
+from lmnb import Trainer, preset
+Trainer(preset('small', data='t.txt', vocab_size=300, block_size=16, n_layer=1, n_embd=16, max_steps=2), quiet=True).fit()
+import sys; assert 'torch._dynamo' not in sys.modules, 'the compiler takes as long to import as torch itself'
+"""
+
+
+def test_training_imports_neither_matplotlib_nor_the_compiler(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'torch' in (got := loaded(TRAIN)) and 'matplotlib' not in got
 
 
 def test_public_names():
