@@ -23,9 +23,7 @@ class Parser(argparse.ArgumentParser):
         say_error(f'{self.prog}: {message}')
         raise SystemExit(2)
 
-def say_error(text):
-    try: print(text, file=sys.stderr, flush=True)
-    except UnicodeEncodeError: print(text.encode('ascii', 'replace').decode(), file=sys.stderr, flush=True)
+def say_error(text): say(text, stream='stderr')
 
 _AS_FLAG = ('max_steps', 'save_interval', 'eval_interval', 'keep_last', 'seed', 'device', 'amp') # the fields that have a flag
 
@@ -65,24 +63,17 @@ def run(f, args, stop=None)->int:
     try: return f(args) or 0
     except Stopped as e: say(f'Stopped ({e}) before the first step; nothing was written.'); return stop.exit_code
     except KeyboardInterrupt: say_error('Left at once.'); os._exit(130) # asked twice: no waiting for a save
-    except BrokenPipeError: os._exit(0) # the reader of a pipe has left
     except Exception as e:
         if getattr(args, 'debug', False): raise
         known = isinstance(e, (ValueError, OSError, RuntimeError, ImportError))
         say_error(f'{args.prog}: ' + ' '.join(_plain(e).split()) + ('' if known else f' ({type(e).__name__}; --debug shows where)'))
-        return 1 if type(e).__name__=='TrainingFailed' or _began(e) else 2
+        return 1 if type(e).__name__=='TrainingFailed' else 2
 
 def _plain(e):
     "An error's message; of the system's errors the reason and the path."
     if isinstance(e, MemoryError) or 'alloc' in str(e) and 'memory' in str(e): return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:]})'
     if isinstance(e, OSError) and e.strerror: return e.strerror + (f': {e.filename}' if e.filename else '')
     return str(e) or type(e).__name__
-
-def _began(e):
-    "Whether an error came out of the training loop."
-    tb,names = e.__traceback__,set()
-    while tb: names.add(tb.tb_frame.f_code.co_name); tb = tb.tb_next
-    return '_loop' in names or '_finish' in names
 
 # %% ../nbs/15_cli.ipynb #afeb0830
 def _train(args, stop)->int:
@@ -137,13 +128,9 @@ def _sample(a):
     from lmnb.trainer import stream_sample
     pieces = stream_sample(a.checkpoint, a.prompt, a.max_tokens, a.temperature, a.top_k, a.seed, a.device, a.tokenizer, note=say_error)
     first = next(pieces, '') # errors come before the prompt is printed
-    _write(a.prompt+first)
-    for text in pieces: _write(text)
-    _write('\n')
-
-def _write(text):
-    try: print(text, end='', flush=True)
-    except UnicodeEncodeError: print(text.encode('ascii', 'replace').decode(), end='', flush=True)
+    say(a.prompt+first, end='')
+    for text in pieces: say(text, end='')
+    say('')
 
 def runs(argv=None, prog='lmnb-runs'):
     "Entry point of `lmnb-runs`."

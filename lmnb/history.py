@@ -145,12 +145,11 @@ def close(self:Events, wait_s:float=5.)->bool:
     if self.file: self.file.close(); self.file = None
     return done
 
-def say(*words):
+def say(text:str, end:str='\n', stream:str='stdout'):
     "Print, whatever the terminal cannot show, and even if nobody reads any more."
-    text = ' '.join(map(str, words))
-    try: print(text, flush=True)
-    except UnicodeEncodeError: print(text.encode('ascii', 'replace').decode(), flush=True)
-    except (OSError, ValueError): sys.stdout = open(os.devnull, 'w') # the reader has left; training has not
+    try: print(text, end=end, file=getattr(sys, stream), flush=True)
+    except UnicodeEncodeError: print(text.encode('ascii', 'replace').decode(), end=end, file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError): setattr(sys, stream, open(os.devnull, 'w')) # the reader has left; training has not
 
 # %% ../nbs/05_history.ipynb #d6401bbc
 LIMIT = 2000 # records of each history in a checkpoint

@@ -184,21 +184,12 @@ def stream_text(
     tokenizer, # as `lmnb.data.as_tokenizer` makes it
 ):
     "Yield the text of `ids` in pieces, each made of whole characters."
-    seen,shown = [],0
+    from tokenizers.decoders import DecodeStream
+    stream,seen,shown = DecodeStream(skip_special_tokens=True),[],''
     for i in ids:
         seen.append(int(i))
-        text = tokenizer.decode(seen)
-        if len(text)>shown and not text.endswith('\ufffd'):
-            yield text[shown:]
-            seen,shown = _recent(tokenizer, seen)
-    if len(text := tokenizer.decode(seen))>shown: yield text[shown:]
-
-def _recent(tokenizer, seen, keep=64):
-    "The last ids with the length of their text: decoding stays cheap, and some context stays for what depends on it."
-    if len(seen)>2*keep:
-        for k in range(keep, 0, -1): # cut only where the younger part's text is the end of the whole's
-            if tokenizer.decode(seen).endswith(tail := tokenizer.decode(seen[-k:])) and '\ufffd' not in tail: return seen[-k:],len(tail)
-    return seen,len(tokenizer.decode(seen))
+        if text := stream.step(tokenizer, seen[-1]): shown += text; yield text
+    if (text := tokenizer.decode(seen))!=shown: yield text[len(shown):] # a character that never became whole
 
 def text_ids(tokenizer, vocab_size:int)->Tensor:
     "Which ids have a text, (V,) bool: those of the tokenizer's vocabulary that decode to something."

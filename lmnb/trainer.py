@@ -297,6 +297,7 @@ def fit(self:Trainer,
         try:
             self._loop()
             state = 'stopped' if self.interrupted else 'finished'
+        except Exception as e: raise e if isinstance(e, TrainingFailed) else TrainingFailed(f'{type(e).__name__}: {e}') from e
         finally: self._finish(state)
     self._farewell()
     self.stop.clear() # the next `fit` is a new wish
@@ -456,7 +457,7 @@ def _farewell(self:Trainer):
         return say(f'Stopped at step {self.step} of {self.plan.max_steps} ({self.interrupted}); {saved}. To go on: {self._command("latest" if self.step else "latest-or-new")}')
     last = f', validation loss {self.val_history[-1]["loss"]:.4f}' if self.val_history else ''
     say(f'Finished at step {self.step} of {self.plan.max_steps}{last} (best {self.best_val_loss:.4f}).')
-    say(f'Sample: ' + (f'sample("{self.run}", "def ")' if in_notebook() else f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def "'))
+    say(f'Sample: ' + (f'sample("{self.run}", "def")' if in_notebook() else f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def"'))
     say(f'Extend: {self._command("trunk" if (self.run/WORDS["trunk"]).exists() else "latest", 2*self.plan.max_steps)}')
 
 def in_notebook()->bool:
