@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'NINE', 'MORE', 'MEMBER', 'CheckpointError', 'summary', 'write_checkpoint', 'replace', 'link', 'sync_folder',
            'check_structure', 'check_contents', 'load_checkpoint', 'Checkpoint', 'describe', 'snapshot', 'Writer']
 
-# %% ../nbs/08_checkpoint.ipynb #cf84e941
-import errno, json, os, queue, shutil, threading, time, zipfile
+# %% ../nbs/08_checkpoint.ipynb #288caa7a
+import errno, json, os, queue, re, shutil, threading, time, zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def _disk_error(e):
     while e.__context__ is not None and not isinstance(e, OSError): e = e.__context__
     return e
 
+# %% ../nbs/08_checkpoint.ipynb #a19ef2d5
 def replace(src:Path, dst:Path, patience_s:float=5.):
     "`os.replace`, tried again for a while where a reader's open file forbids it (Windows)."
     end = time.monotonic()+patience_s
@@ -98,6 +99,7 @@ def sync_folder(folder:Path):
 
 # %% ../nbs/08_checkpoint.ipynb #d5234ef4
 _PICKLE_MAX = 64*2**20 # bytes of data.pkl, which holds the structure and no tensor
+_ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, OverflowError)
 
 def check_structure(
     f,          # a file opened to read bytes
@@ -112,25 +114,27 @@ def check_structure(
         kind = 'text' if all(32<=b<127 or b in b'\r\n\t' for b in head) else 'an old or foreign format'
         raise CheckpointError(f'{path} is no checkpoint: it is {kind}, not a torch.save zip')
     try: z = zipfile.ZipFile(f)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, OverflowError) as e:
+    except _ZIP_ERRORS as e:
         raise CheckpointError(f'{path} is cut off or damaged: its directory at the end cannot be read ({e})') from None
-    members = z.infolist()
-    root = members[0].filename.split('/')[0] if members else ''
-    names = [m.filename for m in members]
+    members,names = z.infolist(),z.namelist()
+    root = names[0].split('/')[0] if names else ''
     if f'{root}/data.pkl' not in names: raise CheckpointError(f'{path} is no checkpoint: a zip without data.pkl')
     wrong = [n for n in names if not n.startswith(f'{root}/') or '..' in n or '\\' in n]
-    if wrong or len(set(names))<len(names): raise CheckpointError(f'{path}: refused, its member names are not a torch.save file\'s ({(wrong or names)[0]!r:.80})')
-    if any(m.compress_type!=zipfile.ZIP_STORED or m.file_size!=m.compress_size for m in members) or sum(m.file_size for m in members)>size:
+    if wrong or len(set(names))<len(names):
+        raise CheckpointError(f"{path}: refused, torch.save names no members so: {(wrong or names)[0]!r:.80}")
+    packed = [m for m in members if m.compress_type!=zipfile.ZIP_STORED or m.file_size!=m.compress_size or m.flag_bits&1]
+    if packed or sum(m.file_size for m in members)>size:
         raise CheckpointError(f'{path}: refused, its members claim other sizes than the file has')
     if (n := z.getinfo(f'{root}/data.pkl').file_size)>_PICKLE_MAX:
-        raise CheckpointError(f'{path}: refused, its data.pkl has {n/2**20:.0f} MiB, {_PICKLE_MAX/2**20:.0f} are allowed')
+        raise CheckpointError(f'{path}: refused, its data.pkl has {n:,} bytes, {_PICKLE_MAX:,} are allowed')
     return z
 
+# %% ../nbs/08_checkpoint.ipynb #a6ca5b0c
 def check_contents(f, path:Path):
     "Compare every byte with its checksum; a `CheckpointError` names the member that does not match."
     with check_structure(f, path) as z:
         try: bad = z.testzip()
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, OverflowError) as e: bad = str(e)
+        except _ZIP_ERRORS as e: bad = str(e)
     if bad: raise CheckpointError(f'{path} is damaged: the CRC of {bad} does not match')
 
 # %% ../nbs/08_checkpoint.ipynb #8f0999a3
@@ -143,65 +147,70 @@ def load_checkpoint(
     path = Path(path).expanduser()
     try: f = open(path, 'rb')
     except IsADirectoryError: raise CheckpointError(f'{path} is a folder, not a checkpoint file') from None
-    with f:
+    with f, torch.serialization.safe_globals([ExperimentConfig]):
         check_contents(f, path)
-        with torch.serialization.safe_globals([ExperimentConfig]):
+        try:
             f.seek(0)
-            try:
-                if unsafe := sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(f))): raise _refusal(path, unsafe)
-                f.seek(0)
-                state = torch.load(f, map_location='cpu', weights_only=True)
-            except CheckpointError: raise
-            except Exception as e: # whatever a broken or hostile pickle brings up in the reader
-                raise CheckpointError(f'{path} cannot be read: {str(e).splitlines()[0]:.200}' if str(e) else f'{path} cannot be read') from None
+            if unsafe := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f)): raise _refusal(path, unsafe)
+            f.seek(0)
+            state = torch.load(f, map_location='cpu', weights_only=True)
+        except CheckpointError: raise
+        except Exception as e: # whatever a broken or hostile pickle brings up in the reader
+            raise CheckpointError(f'{path} cannot be read: {e!r:.200}') from None
     return _checked(state, path, note, os.path.getsize(path))
 
 def _refusal(path, unsafe):
     "One line for classes that a checkpoint must not name."
-    if any(u.rpartition('.')[2]=='ExperimentConfig' for u in unsafe):
-        return CheckpointError(f'{path}: its config is a class {unsafe[0]}; a checkpoint holds lmnb.config.ExperimentConfig or a plain dict')
-    return CheckpointError(f'{path}: refused, it would run or make {unsafe[0]}; a checkpoint holds plain types, tensors and ExperimentConfig only')
+    foreign = any(u.rpartition('.')[2]=='ExperimentConfig' for u in unsafe)
+    fault = f'{"its config is a class" if foreign else "refused, it would run or make"} {unsafe[0]}'
+    return CheckpointError(f'{path}: {fault}; only plain types, tensors and lmnb.config.ExperimentConfig are read')
 
 # %% ../nbs/08_checkpoint.ipynb #77221a9a
 def _checked(state, path, note, size):
     "The keys of a file that torch could read, each of its type."
     if not isinstance(state, dict): raise CheckpointError(f'{path} is no checkpoint: it holds a {type(state).__name__}')
-    if (v := state.get('format_version', FORMAT))!=FORMAT or type(v) is not int:
+    if type(v := state.get('format_version', FORMAT)) is not int or v!=FORMAT:
         raise CheckpointError(f'{path} has format_version {v!r:.20}, this lmnb reads {FORMAT}: upgrade lmnb')
     if missing := [k for k in NINE if k not in state]: raise CheckpointError(f'{path} lacks {", ".join(missing)}')
-    config = state['config']
-    if not isinstance(config, (dict, ExperimentConfig)): raise CheckpointError(f'{path}: its config is a {type(config).__name__}')
-    try: state['config'],dropped = config_from(config)
-    except ValueError as e: raise CheckpointError(f'{path}: its config is impossible: {e}') from None
-    if dropped: note(f'{path.name}: unknown settings dropped: {", ".join(map(repr, dropped))}')
-    if (n := state['config'].n_params)>size: raise CheckpointError(f'{path}: its config (n_layer={state["config"].n_layer}, n_embd={state["config"].n_embd}) describes {n:,} parameters, the file has {size:,} bytes')
+    _check_config(path, state, note, size)
     if absent := [k for k in MORE if k not in state]: note(f'{path.name} has no {", ".join(absent)}: not restored.')
     for k in ('model_state_dict', 'optimizer_state_dict', 'scheduler_state_dict'): _is(path, state, k, dict)
     for k in ('global_step', 'epoch'):
-        _is(path, state, k, int)
-        if state[k]<0: raise CheckpointError(f'{path}: {k} is {state[k]}')
-    state['best_val_loss'] = _number(path, state, 'best_val_loss')
-    if 'val_loss' in state and state['val_loss'] is not None: state['val_loss'] = _number(path, state, 'val_loss')
+        if _is(path, state, k, int)<0: raise CheckpointError(f'{path}: {k} is {state[k]}')
+    state['best_val_loss'] = float(_is(path, state, 'best_val_loss', float, int))
+    if state.get('val_loss') is not None: state['val_loss'] = float(_is(path, state, 'val_loss', float, int))
     for k in ('train_history', 'val_history'): _check_history(path, state, k)
     _check_more(path, state)
     for k in ('model_state_dict', 'optimizer_state_dict'): state[k] = _without_prefixes(state[k])
     return state
 
-def _is(path, state, key, kind):
-    if type(state[key]) is not kind and not (kind is dict and isinstance(state[key], dict)):
-        raise CheckpointError(f'{path}: {key} is a {type(state[key]).__name__}, not a {kind.__name__}')
+def _check_config(path, state, note, size):
+    "A config built anew from the fields of the one in the file."
+    c = state['config']
+    if not isinstance(c, (dict, ExperimentConfig)): raise CheckpointError(f'{path}: its config is a {type(c).__name__}')
+    try: c,dropped = config_from(c)
+    except ValueError as e: raise CheckpointError(f'{path}: its config is impossible: {e}') from None
+    state['config'] = c
+    if dropped: note(f'{path.name}: unknown settings dropped: {", ".join(map(repr, dropped))}')
+    if c.n_params>size:
+        raise CheckpointError(f'{path}: n_layer={c.n_layer}, n_embd={c.n_embd}: too large for {size:,} bytes')
 
-def _number(path, state, key):
-    if type(state[key]) not in (int, float): raise CheckpointError(f'{path}: {key} is {state[key]!r:.40}, not a number')
-    return float(state[key])
+# %% ../nbs/08_checkpoint.ipynb #113fd4a1
+def _is(path, state, key, *kinds):
+    x = state[key]
+    if type(x) not in kinds and not (dict in kinds and isinstance(x, dict)):
+        raise CheckpointError(f'{path}: {key} is a {type(x).__name__}, not a {kinds[0].__name__}')
+    return x
 
-# %% ../nbs/08_checkpoint.ipynb #17b594c5
+def _has(x, **kinds):
+    "Whether `x` is a dict with these keys, each of one of its types."
+    return isinstance(x, dict) and all(type(x.get(k)) in ts for k,ts in kinds.items())
+
 def _check_history(path, state, key):
     "A list of records, each with a step and a loss, in the order of their steps."
-    _is(path, state, key, list)
     before = 0
-    for r in state[key]:
-        if not (isinstance(r, dict) and type(r.get('step')) is int and type(r.get('loss')) in (int, float) and before<r['step']<=state['global_step']):
+    for r in _is(path, state, key, list):
+        if not _has(r, step=[int], loss=[int, float]) or not before<r['step']<=state['global_step']:
             raise CheckpointError(f'{path}: {key} has a record that cannot be: {r!r:.80}')
         before = r['step']
 
@@ -211,28 +220,27 @@ def _check_more(path, state):
         if state.get(k) is not None: _is(path, state, k, dict)
     if data := state.get('data_state'):
         for k in ('source', 'fingerprint', 'tokenizer'):
-            if type(data.get(k)) is not str: raise CheckpointError(f'{path}: data_state has no {k}')
-    if not _is_lineage(state.setdefault('lineage', []), state['global_step']): raise CheckpointError(f'{path}: its lineage cannot be')
+            if not _has(data, **{k:[str]}): raise CheckpointError(f'{path}: data_state has no {k}')
+    if not _is_lineage(state.setdefault('lineage', []), state['global_step']):
+        raise CheckpointError(f'{path}: its lineage cannot be')
 
+# %% ../nbs/08_checkpoint.ipynb #a2484e08
 def _is_lineage(x, step):
     "Segments with an id each, that begin one after the other and not after `step`."
-    if not isinstance(x, list) or not all(isinstance(s, dict) and type(s.get('id')) is str and type(s.get('from_step')) is int for s in x): return False
+    if not isinstance(x, list) or not all(_has(s, id=[str], from_step=[int]) for s in x): return False
     starts = [0, *(s['from_step'] for s in x), step]
     return starts==sorted(starts)
 
 def _without_prefixes(x):
     "Names without what torch.compile and DataParallel put before them."
-    if isinstance(x, dict): return {_bare(k):(_without_prefixes(v) if isinstance(v, (dict, list)) else v) for k,v in x.items()}
-    return [_without_prefixes(v) if isinstance(v, dict) else [_bare(n) for n in v] if isinstance(v, list) else _bare(v) for v in x]
-
-def _bare(name):
-    while isinstance(name, str) and name.startswith(('_orig_mod.', 'module.')): name = name.split('.', 1)[1]
-    return name
+    if isinstance(x, dict): return {_without_prefixes(k):_without_prefixes(v) for k,v in x.items()}
+    if isinstance(x, list): return [_without_prefixes(v) for v in x]
+    return re.sub(r'^(_orig_mod\.|module\.)+', '', x) if isinstance(x, str) else x
 
 # %% ../nbs/08_checkpoint.ipynb #8db907c4
 @dataclass
 class Checkpoint:
-    "What is known of a file without loading it; `error` says what is wrong with it, `checked` that all its bytes were read."
+    "What is known of a file without loading it; `error` says what is wrong, `checked` that all its bytes were read."
     path:Path
     size:int = 0
     mtime:float = 0.
@@ -251,30 +259,8 @@ class Checkpoint:
 
     def same_file(self, other)->bool: return os.path.samefile(self.path, other.path)
 
-_seen = {} # (inode, size, mtime) to what describing and checking found
-
-def _key(path):
-    s = os.stat(path)
-    return s.st_dev,s.st_ino,s.st_size,s.st_mtime_ns
-
-def describe(
-    path:Path,
-    check:bool=False,  # also compare every byte with its checksum
-)->Checkpoint:
-    "Describe a checkpoint file; never raises for what is in it, `error` says it."
-    path = Path(path)
-    try: key = _key(path)
-    except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}')
-    found = _seen.get(key)
-    if found is None: found = _seen[key] = _described(path, key)
-    if check and not found['checked'] and not found['error']:
-        try:
-            with open(path, 'rb') as f: check_contents(f, path)
-            found['checked'] = True
-        except (CheckpointError, OSError) as e: found['error'] = str(e)
-    return Checkpoint(path, key[2], key[3]/1e9, **found)
-
-def _described(path, key):
+# %% ../nbs/08_checkpoint.ipynb #22c977c4
+def _described(path):
     "Fields of `Checkpoint`, out of the JSON member, or empty with the reason."
     out = dict(error=None, checked=False)
     try:
@@ -284,13 +270,34 @@ def _described(path, key):
             j = json.loads(z.read(MEMBER))
         config,_ = config_from(j['config'])
         losses = {k:None if j[k] is None else float(j[k]) for k in ('val_loss', 'best_val_loss')}
-        lineage = j['lineage'] or []
-        if not (_is_lineage(lineage, int(j['global_step'])) and isinstance(j['names'], list) and isinstance(j['software'] or {}, dict)): raise TypeError
-        return out|losses|dict(step=int(j['global_step']), epoch=int(j['epoch']), lineage=lineage, max_steps=config.max_steps,
-                               wanted=j['names'], config=asdict(config), software=j['software'] or {})
+        step,lineage,software = int(j['global_step']),j['lineage'] or [],j['software'] or {}
+        if not (_is_lineage(lineage, step) and _has(j, names=[list]) and isinstance(software, dict)): raise TypeError
+        return out|losses|dict(step=step, epoch=int(j['epoch']), lineage=lineage, max_steps=config.max_steps,
+                               wanted=j['names'], config=asdict(config), software=software)
     except CheckpointError as e: return out|dict(error=str(e))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, zipfile.BadZipFile, EOFError) as e:
         return out|dict(error=f'{path} is damaged: its description cannot be read ({type(e).__name__})')
+
+# %% ../nbs/08_checkpoint.ipynb #f5ebcbb3
+_seen = {} # (inode, size, mtime) to what describing and checking found
+
+def describe(
+    path:Path,
+    check:bool=False,  # also compare every byte with its checksum
+)->Checkpoint:
+    "Describe a checkpoint file; never raises for what is in it, `error` says it."
+    path = Path(path)
+    try: s = os.stat(path)
+    except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}')
+    key = s.st_dev,s.st_ino,s.st_size,s.st_mtime_ns
+    found = _seen.get(key) or _seen.setdefault(key, _described(path))
+    if check and not found['checked'] and not found['error']:
+        try:
+            with open(path, 'rb') as f: check_contents(f, path)
+            found['checked'] = True
+        except CheckpointError as e: found['error'] = str(e)
+        except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}') # not remembered: it may pass
+    return Checkpoint(path, s.st_size, s.st_mtime_ns/1e9, **found)
 
 # %% ../nbs/08_checkpoint.ipynb #f93bb667
 def snapshot(
@@ -313,6 +320,7 @@ def snapshot(
     if src: torch._foreach_copy_(dst, src)
     return out
 
+# %% ../nbs/08_checkpoint.ipynb #99e8dd54
 class Writer:
     "Saves snapshots in a thread, one at a time; what came of each is in `results`."
     def __init__(self, folder:Path):

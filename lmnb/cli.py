@@ -8,7 +8,7 @@ __all__ = ['Parser', 'say_error', 'train_parser', 'run', 'train', 'sample', 'run
 # %% ../nbs/15_cli.ipynb #7659ba63
 import argparse, difflib, os, sys
 
-from .config import PRESETS, ExperimentConfig, override, parse_setting, parse_settings, preset
+from .config import PRESETS, ExperimentConfig, parse_setting, parse_settings, preset
 from .history import say
 
 # %% ../nbs/15_cli.ipynb #96da248c
@@ -19,13 +19,13 @@ class Parser(argparse.ArgumentParser):
             flag = message.split(': ', 1)[1].split()[0]
             known = [s for a in self._actions for s in a.option_strings]
             close = difflib.get_close_matches(flag.split('=')[0], known, 1)
-            message = f'unknown argument {flag}' + (f'; did you mean {close[0]}?' if close else f'; see {self.prog} --help')
+            message = f'unknown argument {flag}; '+(f'did you mean {close[0]}?' if close else f'see {self.prog} --help')
         say_error(f'{self.prog}: {message}')
         raise SystemExit(2)
 
 def say_error(text): say(text, stream='stderr')
 
-_AS_FLAG = ('max_steps', 'save_interval', 'eval_interval', 'keep_last', 'seed', 'device', 'amp') # the fields that have a flag
+_AS_FLAG = ('max_steps', 'save_interval', 'eval_interval', 'keep_last', 'seed', 'device', 'amp') # have a flag
 
 def _setting(name):
     "A reader of one field's text, for argparse."
@@ -39,21 +39,24 @@ def train_parser(prog='lmnb-train')->Parser:
     "All flags of `lmnb-train`."
     from fastcore.docments import docments
     help = docments(ExperimentConfig)
-    p = Parser(prog=prog, allow_abbrev=False, description='Train a small language model; stop anywhere, resume exactly, extend for free.')
-    p.add_argument('--config', metavar='NAME', help=f'preset: {", ".join(PRESETS)} (default: medium)')
-    p.add_argument('--data', metavar='SRC', help=help['data'])
-    p.add_argument('--tokenizer', metavar='FILE', help=help['tokenizer'])
-    p.add_argument('--checkpoint-dir', metavar='DIR', help='folder of the run (default: checkpoints, or that of the resumed checkpoint)')
-    p.add_argument('--resume', metavar='WHAT', help='a path, a step, latest, best, trunk, final, or latest-or-new')
-    p.add_argument('--extend-steps', metavar='N', type=_setting('max_steps'), help='with --resume: the new total of steps')
-    p.add_argument('--max-minutes', metavar='M', type=float, help='save and end after so many minutes, with exit code 0')
-    for name in _AS_FLAG: p.add_argument('--'+name.replace('_', '-'), metavar='N' if name not in ('device', 'amp') else name.upper(), type=_setting(name), help=help[name])
-    p.add_argument('--compile', action='store_true', default=None, help=help['compile'])
-    p.add_argument('--set', metavar='key=value', nargs='+', action='extend', default=[], help='any other setting; may be repeated, the last one wins')
-    p.add_argument('--new-run', action='store_true', help='set aside the run that is in the folder, and begin a new one')
-    p.add_argument('--allow-new-data', action='store_true', help='with --resume: go on with other data')
-    p.add_argument('--quiet', action='store_true', help='print warnings and the end only')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    p = Parser(prog=prog, allow_abbrev=False, description='Train a small language model; stop, resume exactly, extend.')
+    add = p.add_argument
+    add('--config', metavar='NAME', help=f'preset: {", ".join(PRESETS)} (default: medium)')
+    add('--data', metavar='SRC', help=help['data'])
+    add('--tokenizer', metavar='FILE', help=help['tokenizer'])
+    add('--checkpoint-dir', metavar='DIR', help="folder of the run (default: checkpoints, or the resumed checkpoint's)")
+    add('--resume', metavar='WHAT', help='a path, a step, latest, best, trunk, final, or latest-or-new')
+    add('--extend-steps', metavar='N', type=_setting('max_steps'), help='with --resume: the new total of steps')
+    add('--max-minutes', metavar='M', type=float, help='save and end after so many minutes, with exit code 0')
+    for name in _AS_FLAG:
+        metavar = name.upper() if name in ('device', 'amp') else 'N'
+        add('--'+name.replace('_', '-'), metavar=metavar, type=_setting(name), help=help[name])
+    add('--compile', action='store_true', default=None, help=help['compile'])
+    add('--set', metavar='key=value', nargs='+', action='extend', default=[], help='any other setting; the last wins')
+    add('--new-run', action='store_true', help='set aside the run that is in the folder, and begin a new one')
+    add('--allow-new-data', action='store_true', help='with --resume: go on with other data')
+    add('--quiet', action='store_true', help='print warnings and the end only')
+    add('--debug', action='store_true', help='show the traceback of an error')
     return p
 
 # %% ../nbs/15_cli.ipynb #3a46e259
@@ -66,79 +69,77 @@ def run(f, args, stop=None)->int:
     except Exception as e:
         if getattr(args, 'debug', False): raise
         known = isinstance(e, (ValueError, OSError, RuntimeError, ImportError))
-        say_error(f'{args.prog}: ' + ' '.join(_plain(e).split()) + ('' if known else f' ({type(e).__name__}; --debug shows where)'))
+        where = '' if known else f' ({type(e).__name__}; --debug shows where)'
+        say_error(f'{args.prog}: {" ".join(_plain(e).split())}{where}')
         return 1 if type(e).__name__=='TrainingFailed' else 2
 
 def _plain(e):
     "An error's message; of the system's errors the reason and the path."
-    if isinstance(e, MemoryError) or 'alloc' in str(e) and 'memory' in str(e): return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:]})'
+    if isinstance(e, MemoryError) or 'alloc' in str(e) and 'memory' in str(e):
+        return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:]})'
     if isinstance(e, OSError) and e.strerror: return e.strerror + (f': {e.filename}' if e.filename else '')
     return str(e) or type(e).__name__
 
 # %% ../nbs/15_cli.ipynb #afeb0830
-def _train(args, stop)->int:
+def _train(a, stop)->int:
     "What `lmnb-train` does once its words are read."
-    if args.max_minutes is not None and not args.max_minutes>0: raise ValueError(f'--max-minutes {args.max_minutes} must be above 0')
-    if args.extend_steps is not None and not args.resume: raise ValueError('--extend-steps goes with --resume; a new run takes --max-steps')
-    if args.allow_new_data and not args.resume: raise ValueError('--allow-new-data goes with --resume')
-    if args.new_run and args.resume not in (None, 'latest-or-new'): raise ValueError('--new-run begins anew; leave out --resume')
-    sets = parse_settings(args.set)|{k:v for k in (*_AS_FLAG, 'data', 'tokenizer', 'compile') if (v := getattr(args, k)) is not None}
-    data,tokenizer = sets.pop('data', None),sets.pop('tokenizer', None)
-    config = preset(args.config or 'medium', **({} if args.resume else sets)) # wrong words are told before torch is imported
-    common = dict(stop=stop, quiet=args.quiet, new_run=args.new_run)
+    if a.max_minutes is not None and not a.max_minutes>0:
+        raise ValueError(f'--max-minutes {a.max_minutes} must be above 0')
+    if a.extend_steps is not None and not a.resume: raise ValueError('--extend-steps needs --resume; else --max-steps')
+    if a.allow_new_data and not a.resume: raise ValueError('--allow-new-data goes with --resume')
+    if a.new_run and a.resume not in (None, 'latest-or-new'): raise ValueError('--new-run goes without --resume')
+    given = {k:v for k in (*_AS_FLAG, 'data', 'tokenizer', 'compile') if (v := getattr(a, k)) is not None}
+    sets = parse_settings(a.set)|given
+    config = preset(a.config or 'medium', **({} if a.resume else sets)) # refused before torch is imported
+    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run)
     from lmnb.rundir import CODES
     with stop.interruptible(): # nothing is at stake before the first step
         from lmnb.trainer import Trainer
-        if args.resume:
-            t = Trainer.resume(args.resume, args.checkpoint_dir, args.extend_steps, args.config and config, data, tokenizer, args.allow_new_data, **common, **sets)
-        else:
-            given = {k:v for k,v in dict(data=data, tokenizer=tokenizer).items() if v is not None}
-            t = Trainer(override(config, **given), args.checkpoint_dir or 'checkpoints', **common)
+        if a.resume:
+            t = Trainer.resume(a.resume, a.checkpoint_dir, a.extend_steps, a.config and config,
+                               allow_new_data=a.allow_new_data, **common, **sets)
+        else: t = Trainer(config, a.checkpoint_dir or 'checkpoints', **common)
     t.fit()
     return CODES.get(t.interrupted, 0)
 
 def train(argv=None, prog='lmnb-train'):
     "Entry point of `lmnb-train`."
-    args = train_parser(prog).parse_args(argv)
-    args.prog = prog
+    args = train_parser(prog).parse_args(argv, argparse.Namespace(prog=prog))
     from lmnb.rundir import Stop
     stop = Stop(args.max_minutes)
-    with stop.listening():
-        raise SystemExit(run(lambda a: _train(a, stop), args, stop))
+    with stop.listening(): raise SystemExit(run(lambda a: _train(a, stop), args, stop))
 
 # %% ../nbs/15_cli.ipynb #96a250f3
 def sample(argv=None, prog='lmnb-sample'):
     "Entry point of `lmnb-sample`."
     p = Parser(prog=prog, allow_abbrev=False, description='Write text with a checkpoint.')
-    p.add_argument('checkpoint', metavar='CHECKPOINT|RUN', help='a file, a run\'s folder (its latest), or latest, best, trunk, final of ./checkpoints')
-    p.add_argument('--tokenizer', metavar='FILE', help='tokenizer.json, for a file that carries none')
-    p.add_argument('--prompt', default='', metavar='TEXT', help='where to begin (default: at the beginning of a text)')
-    p.add_argument('--max-tokens', type=int, default=200, metavar='N', help='how many to write (default 200)')
-    p.add_argument('--temperature', type=float, default=.8, metavar='T', help='0 is greedy (default 0.8)')
-    p.add_argument('--top-k', type=int, default=50, metavar='K', help='draw from the K likeliest; 0: from all (default 50)')
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='the same seed writes the same text (default 0)')
-    p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), metavar='D', help='auto, cpu, cuda or mps')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    args = p.parse_args(argv)
-    args.prog = prog
-    raise SystemExit(run(_sample, args))
+    add = p.add_argument
+    add('checkpoint', metavar='CHECKPOINT|RUN', help="a file, a run's folder, or a word: latest, best, trunk, final")
+    add('--tokenizer', metavar='FILE', help='tokenizer.json, for a file that carries none')
+    add('--prompt', default='', metavar='TEXT', help='where to begin (default: at the beginning of a text)')
+    add('--max-tokens', type=int, default=200, metavar='N', help='how many to write (default 200)')
+    add('--temperature', type=float, default=.8, metavar='T', help='0 is greedy (default 0.8)')
+    add('--top-k', type=int, default=50, metavar='K', help='draw from the K likeliest; 0: from all (default 50)')
+    add('--seed', type=int, default=0, metavar='N', help='the same seed writes the same text (default 0)')
+    add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), metavar='D', help='auto, cpu, cuda or mps')
+    add('--debug', action='store_true', help='show the traceback of an error')
+    raise SystemExit(run(_sample, p.parse_args(argv, argparse.Namespace(prog=prog))))
 
 def _sample(a):
     "Print the prompt and what follows it, as it is made."
     from lmnb.trainer import stream_sample
-    pieces = stream_sample(a.checkpoint, a.prompt, a.max_tokens, a.temperature, a.top_k, a.seed, a.device, a.tokenizer, note=say_error)
-    first = next(pieces, '') # errors come before the prompt is printed
-    say(a.prompt+first, end='')
+    pieces = stream_sample(a.checkpoint, a.prompt, a.max_tokens, a.temperature, a.top_k, a.seed, a.device, a.tokenizer,
+                           note=say_error)
+    say(a.prompt+next(pieces, ''), end='') # its errors come before the prompt is printed
     for text in pieces: say(text, end='')
     say('')
 
+# %% ../nbs/15_cli.ipynb #82987868
 def runs(argv=None, prog='lmnb-runs'):
     "Entry point of `lmnb-runs`."
     p = Parser(prog=prog, allow_abbrev=False, description='The runs below a folder and their checkpoints.')
     p.add_argument('root', nargs='?', default='.', metavar='ROOT', help='folder to search (default: here)')
-    args = p.parse_args(argv)
-    args.prog = prog
-    raise SystemExit(run(_runs, args))
+    raise SystemExit(run(_runs, p.parse_args(argv, argparse.Namespace(prog=prog))))
 
 def _runs(a):
     from lmnb.rundir import runs_table
@@ -152,7 +153,7 @@ def main(argv=None):
     commands = dict(train=train, sample=sample, runs=runs)
     if argv and argv[0] in commands: return commands[argv[0]](argv[1:])
     p = Parser(prog='python -m lmnb.cli', description='lmnb on the command line.')
-    p.add_argument('command', choices=commands, metavar='|'.join(commands), help='what to do; each has a --help of its own')
+    p.add_argument('command', choices=commands, metavar='|'.join(commands), help='each has a --help of its own')
     p.parse_args(argv)
 
 if __name__=='__main__' and '__file__' in globals(): main()

@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'AUTO', 'BEGAN', 'CODES', 'step_name', 'is_ours', 'RunExists
 
 # %% ../nbs/09_rundir.ipynb #eea9703f
 import json, math, os, re, signal, socket, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace as derive
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class RunDir:
         "All checkpoints here, the latest first; at equal steps final, periodic, trunk, best, auto."
         if not self.path.is_dir(): return []
         found = [self._describe(p, check) for p in self.path.iterdir() if is_ours(p.name)]
-        return sorted(found, key=lambda c: (-math.inf if c.step is None else c.step, -_RANK.get(c.path.name, 1)), reverse=True)
+        return sorted(found, key=lambda c: (c.step is not None, c.step or 0, -_RANK.get(c.path.name, 1)), reverse=True)
 
     def _describe(self, path, check=False):
         c = describe(path, check)
@@ -54,15 +54,16 @@ class RunDir:
         living = self.living()
         if any(describe(c.path, check=True).error is None for c in living): return True
         if not living: return False
-        raise RunExists(f'{self} holds only damaged checkpoints: {"; ".join(self._describe(c.path, True).error for c in living)}. '
-                        'Use another --checkpoint-dir, or --new-run to set them aside')
+        errors = '; '.join(describe(c.path, check=True).error for c in living)
+        raise RunExists(f'{self} holds only damaged checkpoints: {errors}. Use another --checkpoint-dir, or --new-run')
 
     def refuse_new_run(self):
         "A `RunExists` with the ways out if there is a run here."
         if self.holds_run():
-            raise RunExists(f'{self} holds a run (at step {self.living()[0].step}): go on with --resume latest --checkpoint-dir {self}, '
-                            'choose another --checkpoint-dir, or set it aside with --new-run')
+            raise RunExists(f'{self} holds a run (at step {self.living()[0].step}): go on with --resume latest '
+                            f'--checkpoint-dir {self}, choose another --checkpoint-dir, or set it aside with --new-run')
 
+# %% ../nbs/09_rundir.ipynb #bb647e85
 def list_checkpoints(
     run_dir,           # a run's folder
     check:bool=False,  # also compare every byte with its checksum
@@ -83,23 +84,22 @@ def latest(self:RunDir, note=say)->Checkpoint|None:
     "The newest checkpoint whose every byte is right, or None."
     living = self.living()
     for c in living:
-        if c.step is None and c.error is None: c.step = _loaded_step(c.path)
+        if c.step is not None or c.error is not None: continue # described, or not to be read
+        with suppress(ValueError): c.step = load_checkpoint(c.path, note=lambda _: None)['global_step']
     for c in sorted(living, key=lambda c: -1 if c.step is None else c.step, reverse=True): # stable: the rank stays
         c = self._describe(c.path, check=True)
         if c.error is None: return c
         note(f'Passed over: {c.error}')
 
-def _loaded_step(path):
-    "The step of a file that has no description: it must be read."
-    try: return load_checkpoint(path, note=lambda _: None)['global_step']
-    except ValueError: return None
-
+# %% ../nbs/09_rundir.ipynb #710329ac
 @patch
 def listing(self:RunDir)->str:
     "What is here, for an error message."
     if not (found := list_checkpoints(self.path) if self.path.is_dir() else []): return f'there are none in {self}'
-    def one(c): return f'{c.names[0]}' + (f' (step {c.step}' + (f', validation loss {c.val_loss:.3f})' if c.val_loss else ')') if c.step is not None else '')
-    return f'in {self} there are ' + ', '.join(one(c) for c in found[:12]) + (f' and {len(found)-12} more' if len(found)>12 else '')
+    def one(c):
+        loss = f', validation loss {c.val_loss:.3f}' if c.val_loss else ''
+        return c.names[0] if c.step is None else f'{c.names[0]} (step {c.step}{loss})'
+    return f'in {self} there are {", ".join(map(one, found[:12]))}'+(f' and {len(found)-12} more' if found[12:] else '')
 
 @patch
 def find(self:RunDir,
@@ -111,12 +111,11 @@ def find(self:RunDir,
     path = Path(what).expanduser()
     if path.is_file(): return path
     if what in WORDS and (self/WORDS[what]).exists(): return self/WORDS[what]
-    if what.isdecimal():
-        if found := [c for c in self.living() if c.step==int(what)]: return found[0].path
+    if what.isdecimal() and (found := [c for c in self.living() if c.step==int(what)]): return found[0].path
     folder = self if what=='latest' else RunDir(path) if path.is_dir() else None
     if folder and (c := folder.latest(note)): return c.path
-    why = ''
-    if what=='trunk' and any(c.config.get('schedule')=='cosine' for c in self.living()): why = ' (a cosine run has no trunk: resume best or final)'
+    cosine = what=='trunk' and any(c.config.get('schedule')=='cosine' for c in self.living())
+    why = ' (a cosine run has no trunk: resume best or final)' if cosine else ''
     raise NotFound(f'Checkpoint not found: {what}{why}; {(folder or self).listing()}')
 
 # %% ../nbs/09_rundir.ipynb #71a90e21
@@ -127,6 +126,7 @@ def is_ancestor(a:Checkpoint, b:Checkpoint)->bool:
     end = b.lineage[len(x)]['from_step'] if len(y)>len(x) else b.step
     return a.step is not None and a.step<=end
 
+# %% ../nbs/09_rundir.ipynb #02b5af81
 @patch
 def next_superseded(self:RunDir)->Path:
     "A new folder for what is set aside."
@@ -138,8 +138,7 @@ def next_superseded(self:RunDir)->Path:
 @patch
 def set_aside(self:RunDir, paths)->Path|None:
     "Move files into the next `superseded/N/`; nothing is deleted."
-    paths = [p for p in paths if p.exists()]
-    if not paths: return None
+    if not (paths := [p for p in paths if p.exists()]): return None
     folder = self.next_superseded()
     for p in paths: replace(p, folder/p.name)
     for f in (folder, self.path): sync_folder(f)
@@ -153,15 +152,13 @@ def go_back(self:RunDir, to:Checkpoint)->Path|None:
 @patch
 def new_run(self:RunDir)->Path|None:
     "Set aside the run that is here: the files that bear our names, and nothing else."
-    names = [c.path for c in self.living()]+[self/n for n in ('metrics.jsonl', 'run.json', 'train.log')]
-    return self.set_aside(names)
+    return self.set_aside([c.path for c in self.living()]+[self/n for n in ('metrics.jsonl', 'run.json', 'train.log')])
 
 # %% ../nbs/09_rundir.ipynb #fce90150
 @patch
 def heal(self:RunDir, run_id:str=None)->list:
     "Link best, trunk and final where a kill left them unlinked; the names that were made."
     made,living = [],[c for c in self.living() if c.path.name!=AUTO and c.error is None and c.step is not None]
-    if not living: return made
     line = [c for c in living if c.lineage and c.lineage[-1].get('run_id')==run_id and is_ancestor(c, living[0])]
     for name in WORDS.values():
         have = next((c for c in living if c.path.name==name), None)
@@ -181,17 +178,19 @@ def take_name(self:RunDir, name:str, to:Checkpoint):
 def keep_named(self:RunDir, name:str, step:int=None):
     "Before `name` goes to another step's file: give the old one its `checkpoint_step_N.pt`, unless it has it."
     old = self._describe(self/name) if (self/name).exists() else None
-    if old and old.step not in (None, step) and not (self/step_name(old.step)).exists(): link(old.path, self/step_name(old.step))
+    if old and old.step not in (None, step) and not (to := self/step_name(old.step)).exists(): link(old.path, to)
 
+# %% ../nbs/09_rundir.ipynb #b0913a52
 @patch
 def best(self:RunDir, since:int=-1)->Checkpoint|None:
-    "The lowest validation loss among the living after step `since`, the present `best_model.pt` at equal losses; never the auto save."
-    known = [c for c in self.living() if c.path.name!=AUTO and c.val_loss is not None and math.isfinite(c.val_loss) and c.error is None and c.step>since]
+    "The lowest validation loss after step `since`, at equal losses the present `best_model.pt`; never the auto save."
+    known = [c for c in self.living() if c.path.name!=AUTO and c.error is None and c.val_loss is not None]
+    known = [c for c in known if c.step>since and math.isfinite(c.val_loss)]
     return min(known, key=lambda c: (c.val_loss, c.path.name!=WORDS['best']), default=None)
 
 @patch
 def prune(self:RunDir, keep_last:int, now:Checkpoint)->list:
-    "Delete the oldest periodic checkpoints of this lineage but `keep_last`, never one that best, trunk or final rests on; names deleted."
+    "Delete the oldest periodic checkpoints of this lineage but `keep_last`, and none with a name; those deleted."
     if not keep_last: return []
     periodic = [c for c in self.living() if _STEP.fullmatch(c.path.name) and c.error is None and is_ancestor(c, now)]
     named = [self/n for n in WORDS.values() if (self/n).exists()]
@@ -209,10 +208,18 @@ def locked(self:RunDir):
     try: lock.acquire()
     except Timeout:
         who = self.status()
-        raise RunBusy(f'another process trains in {self}' + (f': pid {who.get("pid")} on {who.get("host")}, at step {who.get("step")}' if who else '')) from None
+        at = f': pid {who.get("pid")} on {who.get("host")}, at step {who.get("step")}' if who else ''
+        raise RunBusy(f'another process trains in {self}{at}') from None
     try: yield
     finally: lock.release()
 
+@patch
+def sweep(self:RunDir):
+    "Remove what writers that were killed left half-written; only under the lock."
+    for p in self.path.glob('.tmp-*'):
+        if re.fullmatch(r'\.tmp-\d+-(?:run\.json|[\w.]+\.pt)', p.name): p.unlink(missing_ok=True)
+
+# %% ../nbs/09_rundir.ipynb #65c82456
 @patch
 def status(self:RunDir)->dict:
     "What `run.json` says, or an empty dict."
@@ -229,12 +236,7 @@ def write_status(self:RunDir, **fields):
         replace(tmp, self/'run.json', patience_s=.5)
     except OSError: tmp.unlink(missing_ok=True)
 
-@patch
-def sweep(self:RunDir):
-    "Remove what writers that were killed left half-written; only under the lock."
-    for p in self.path.glob('.tmp-*'):
-        if re.fullmatch(r'\.tmp-\d+-(?:run\.json|[\w.]+\.pt)', p.name): p.unlink(missing_ok=True)
-
+# %% ../nbs/09_rundir.ipynb #b8dcfcd2
 def started_at(pid:int)->float|None:
     "When a process began, in clock ticks since boot; None where the system does not tell or it is gone."
     try: return float(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19])
@@ -243,7 +245,8 @@ def started_at(pid:int)->float|None:
 class Heartbeat:
     "Keeps `run.json` fresh every `every_s` seconds, in a thread, until stopped."
     def __init__(self, run:RunDir, every_s=10., **fields):
-        self.run,self.fields,self.every_s,self.done = run,dict(fields, pid=os.getpid(), pid_start=started_at(os.getpid()), host=socket.gethostname()),every_s,threading.Event()
+        self.run,self.every_s,self.done = run,every_s,threading.Event()
+        self.fields = dict(fields, pid=os.getpid(), pid_start=started_at(os.getpid()), host=socket.gethostname())
         self.write()
         self.thread = threading.Thread(target=self._loop, daemon=True)
         self.thread.start()
@@ -281,8 +284,9 @@ class Stop:
 
     def asked(self, run:RunDir=None)->str|None:
         "The reason to end, or None; a `stop` file is obeyed and deleted."
-        if self.reason is None and self.deadline is not None and time.monotonic()>=self.deadline: self.reason = 'max-minutes'
-        if self.reason is None and run is not None and (run/'stop').exists():
+        if self.reason is not None: return self.reason
+        if self.deadline is not None and time.monotonic()>=self.deadline: self.reason = 'max-minutes'
+        elif run is not None and (run/'stop').exists():
             (run/'stop').unlink(missing_ok=True)
             self.reason = 'stop file'
         return self.reason
@@ -319,21 +323,22 @@ def find_runs(
     found = []
     for folder,dirs,files in os.walk(Path(root).expanduser()):
         dirs[:] = sorted(x for x in dirs if x!='superseded' and not x.startswith('.'))
-        if any(is_ours(f) for f in files) or {'run.json', 'metrics.jsonl'}<=set(files):
-            times = [os.stat(os.path.join(folder, f)).st_mtime for f in files if is_ours(f) or f in ('metrics.jsonl', 'run.json')]
-            found.append((max(times, default=0.), folder))
+        ours = [f for f in files if is_ours(f) or f in ('metrics.jsonl', 'run.json')]
+        if any(is_ours(f) for f in ours) or len(ours)==2: # checkpoints, or a run's two files
+            found.append((max(os.stat(os.path.join(folder, f)).st_mtime for f in ours), folder))
     return [RunDir(f) for _,f in sorted(found, reverse=True)]
 
+# %% ../nbs/09_rundir.ipynb #c7232a0a
 def runs_table(root='.')->str:
     "Runs and their checkpoints as lines of text."
     lines = []
     for run in find_runs(root):
-        s = run.status()
         living = list_checkpoints(run.path)
-        lines.append(f'{run}: {s.get("state", "no run.json")}' + (f' at {living[0].step} of {living[0].max_steps}' if living else ', no checkpoints'))
+        at = f' at {living[0].step} of {living[0].max_steps}' if living else ', no checkpoints'
+        lines.append(f'{run}: {run.status().get("state", "no run.json")}{at}')
         for c in living:
+            step,age = '?' if c.step is None else f'{c.step:,}',duration(max(0, time.time()-c.mtime))
             val = '     -' if c.val_loss is None else f'{c.val_loss:6.3f}'
             note = f'DAMAGED: {c.error}' if c.error else ', '.join(c.names)+('' if c.checked else ' (not checked)')
-            step = '?' if c.step is None else f'{c.step:,}'
-            lines.append(f'  {step:>10}  val {val}  {duration(max(0, time.time()-c.mtime)):>10} ago  {c.size/1e6:8.1f} MB  {note}')
+            lines.append(f'  {step:>10}  val {val}  {age:>10} ago  {c.size/1e6:8.1f} MB  {note}')
     return '\n'.join(lines) or f'no runs below {root}'

@@ -34,8 +34,9 @@ class TrainingFailed(RuntimeError): "Training ended by a failure; the last good 
 def resolve_device(name:str)->torch.device:
     "The device of a config's `device`; a `ValueError` if it is not there."
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name=='auto': name = next(d for d,yes in there.items() if yes)
-    if not there[name]: raise ValueError(f'device={name} is not there; this machine has {", ".join(d for d,yes in there.items() if yes)}')
+    here = [d for d,yes in there.items() if yes]
+    if name=='auto': name = here[0]
+    if not there[name]: raise ValueError(f'device={name} is not there; this machine has {", ".join(here)}')
     return torch.device(name)
 
 def resolve_amp(config:ExperimentConfig, device:torch.device)->str:
@@ -47,8 +48,8 @@ def resolve_amp(config:ExperimentConfig, device:torch.device)->str:
 def surroundings(config:ExperimentConfig, device:torch.device)->dict:
     "What decides the bits beside the checkpoint's state, and the versions, for a reader."
     kind = torch.cuda.get_device_name() if device.type=='cuda' else torch.backends.cpu.get_cpu_capability()
-    return dict(lmnb=__version__, torch=str(torch.__version__), device=f'{device.type} ({kind})', threads=torch.get_num_threads(),
-                amp=config.amp, compile=config.compile, micro_batch=config.micro_batch,
+    return dict(lmnb=__version__, torch=str(torch.__version__), device=f'{device.type} ({kind})',
+                threads=torch.get_num_threads(), amp=config.amp, compile=config.compile, micro_batch=config.micro_batch,
                 python=platform.python_version(), platform=platform.platform())
 
 _BITS = ('lmnb', 'torch', 'device', 'threads', 'amp', 'compile', 'micro_batch') # of `surroundings`
@@ -72,63 +73,70 @@ class Trainer:
         self.plan = Plan.straight(self.config)
         self.lineage = [dict(id=new_id(), parent=None, from_step=0, run_id=new_id())]
 
-    def _setup(self, config, saved, listeners, stop, quiet, **data):
-        "Build model, optimizers and data; `saved` is a checkpoint's dict or empty."
-        self.listeners,self.stop,self.quiet,self.interrupted = listeners,stop or Stop(),quiet,None
-        self.device = resolve_device(config.device)
-        self.config = override(config, amp=resolve_amp(config, self.device))
-        if self.config.amp=='bf16' and not has_bf16(self.device.type): say('bf16 is slow here: this processor has no instructions for it.')
-        self.step,self.best_val_loss,self.named_best,self.bad_steps,self.saved_step = 0,math.inf,math.inf,0,None
-        self.train_history,self.val_history,self.segment_began,self.evaluated = [],[],False,0
-        with self.stop.listening(), self.stop.interruptible(): self.corpus = load_corpus(self.config, saved.get('data_state'), note=say, **data)
-        self.tokenizer = as_tokenizer(self.corpus.tokenizer)
-        self.model = GPT(self.config).to(self.device)
-        self.opts = make_optimizers(self.model, self.config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp=='fp16')
-        self.forward = torch.compile(self.model) if self.config.compile else self.model
-        self.writer,self.known = Writer(self.run.path),self._on_disk()
-
-    def __repr__(self): return f'Trainer({self.run}, step {self.step} of {self.plan.max_steps}, {self.config.amp} on {self.device.type})'
+    def __repr__(self):
+        return f'Trainer({self.run}, step {self.step} of {self.plan.max_steps}, {self.config.amp} on {self.device})'
 
 def new_id()->str: return uuid4().hex[:12]
 
 def _writable(run):
     "Refuse a folder that cannot be written, before any work is done for it."
     there = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK): raise ValueError(f'{run} cannot be written ({there}); choose another --checkpoint-dir')
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f'{run} cannot be written ({there}); choose another --checkpoint-dir')
+
+# %% ../nbs/10_trainer.ipynb #9a25be63
+@patch
+def _setup(self:Trainer, config, saved, listeners, stop, quiet, **data):
+    "Build model, optimizers and data; `saved` is a checkpoint's dict or empty."
+    self.listeners,self.stop,self.quiet,self.interrupted = listeners,stop or Stop(),quiet,None
+    self.device = resolve_device(config.device)
+    self.config = override(config, amp=resolve_amp(config, self.device))
+    if self.config.amp=='bf16' and not has_bf16(self.device.type): say('bf16 is slow here: no instructions for it.')
+    self.step,self.best_val_loss,self.named_best,self.bad_steps,self.saved_step = 0,math.inf,math.inf,0,None
+    self.train_history,self.val_history,self.segment_began,self.evaluated = [],[],False,0
+    with self.stop.listening(), self.stop.interruptible():
+        self.corpus = load_corpus(self.config, saved.get('data_state'), note=say, **data)
+    self.tokenizer = as_tokenizer(self.corpus.tokenizer)
+    self.model = GPT(self.config).to(self.device)
+    self.opts = make_optimizers(self.model, self.config)
+    self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp=='fp16')
+    self.forward = torch.compile(self.model) if self.config.compile else self.model
+    self.writer,self.known = Writer(self.run.path),self._on_disk()
+
+@patch
+def _on_disk(self:Trainer)->set: return {(c.path.name, c.step, c.mtime) for c in self.run.living()}
+
+@patch
+def _warn(self:Trainer, code, text, step=None):
+    self.events.emit('warn', step=self.step if step is None else step, code=code, text=text)
 
 # %% ../nbs/10_trainer.ipynb #1c46183d
 @patch
 def _autocast(self:Trainer):
-    amp = self.config.amp
-    if amp=='off': return nullcontext()
-    return torch.autocast(self.device.type, dtype=torch.bfloat16 if amp=='bf16' else torch.float16)
-
-@patch
-def _seed(self:Trainer, n:int):
-    "Seed the generator that dropout draws from; `torch.manual_seed` asks every device there could be."
-    (torch.cuda if self.device.type=='cuda' else torch.default_generator).manual_seed(n)
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.config.amp)
+    return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
 def mask_seed(*numbers)->int:
     "A seed that is a function of whole numbers, and unlike that of their neighbours."
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], 'big')
 
+# %% ../nbs/10_trainer.ipynb #56525b33
 @patch
 def _train_step(self:Trainer, k:int)->dict:
     "Step `k`, counted from 1: forward, backward, update; its record."
     c,lr = self.config,self.plan.lr(k)
     set_lr(self.opts, lr)
     x,y = (t.to(self.device) for t in get_batch(self.corpus.train, k, c.batch_size, c.block_size, c.seed))
+    rng = torch.cuda if self.device.type=='cuda' else torch.default_generator # `torch.manual_seed` asks every device
     loss = 0.
     for i,(xi,yi) in enumerate(zip(x.split(c.micro_batch), y.split(c.micro_batch))):
-        if c.dropout: self._seed(mask_seed(c.seed, k, i))
+        if c.dropout: rng.manual_seed(mask_seed(c.seed, k, i))
         with self._autocast(): part = self.forward(xi, yi)*(len(xi)/c.batch_size)
         self.scaler.scale(part).backward()
         loss = loss+part.detach()
-    norm = self._update()
-    record = dict(step=k, loss=float(loss), lr=lr, grad_norm=float(norm))
-    self._count_skips(record)
-    return record
+    norm = float(self._update())
+    self._count_skips(k, norm)
+    return dict(step=k, loss=float(loss), lr=lr, grad_norm=norm)
 
 @patch
 def _update(self:Trainer):
@@ -142,15 +150,16 @@ def _update(self:Trainer):
     for o in self.opts: o.zero_grad()
     return norm
 
+# %% ../nbs/10_trainer.ipynb #1e0aa4b3
 @patch
-def _count_skips(self:Trainer, r):
+def _count_skips(self:Trainer, k, norm):
     "Warn of a skipped update; ten in a row end the run (with a scaler, those that its scale does not explain)."
-    if math.isfinite(r['grad_norm']): self.bad_steps = 0; return
+    if math.isfinite(norm): self.bad_steps = 0; return
     self.bad_steps += self.scale<=1
-    self.events.emit('warn', step=r['step'], code='skip', text=f'step {r["step"]}: loss or gradient is not finite, update skipped')
+    self._warn('skip', f'step {k}: loss or gradient is not finite, update skipped', k)
     if self.bad_steps>=10:
-        raise TrainingFailed(f'ten steps in a row, up to {r["step"]}, had a loss or gradient that is not finite; the last checkpoint is untouched. '
-                             'Resume from it with a lower lr in a new run, or look at the data')
+        raise TrainingFailed(f'ten steps in a row, up to {k}, had a loss or gradient that is not finite; the last '
+                             'checkpoint stands. A lower lr in a new run may do, or look at the data')
 
 # %% ../nbs/10_trainer.ipynb #61d7480f
 @patch
@@ -166,6 +175,7 @@ def evaluate(self:Trainer)->float:
     finally: self.model.train()
     return total/n
 
+# %% ../nbs/10_trainer.ipynb #f5bf6123
 @patch
 def _evaluation_due(self:Trainer)->bool:
     "Whether the present step is one to evaluate, and was not."
@@ -177,13 +187,11 @@ def _evaluate_here(self:Trainer)->float|None:
     try:
         with self.stop.interruptible(): loss = self.evaluate()
     except Stopped: return None
-    except Exception as e:
-        self.events.emit('warn', step=self.step, code='eval', text=f'the evaluation at step {self.step} failed: {type(e).__name__}: {e}')
-        return None
+    except Exception as e: return self._warn('eval', f'evaluation at step {self.step} failed: {type(e).__name__}: {e}')
     record,self.evaluated = dict(step=self.step, loss=loss),self.step
     if self.step==self.plan.max_steps: self.val_history.append(record)
     else: keep_record(self.val_history, record, self.config.eval_interval)
-    self.best_val_loss = min(self.best_val_loss, loss) if math.isfinite(loss) else self.best_val_loss
+    if math.isfinite(loss): self.best_val_loss = min(self.best_val_loss, loss)
     self.events.emit('val', **record)
     return loss
 
@@ -196,26 +204,26 @@ def state_dict(self:Trainer, val_loss:float=None)->dict:
         model_state_dict=self.model.state_dict(), optimizer_state_dict=optim_state(self.model, self.opts),
         scheduler_state_dict=self.plan.state_dict(), global_step=self.step,
         epoch=epochs_done(self.corpus.train, self.step, c.batch_size, c.block_size), best_val_loss=self.best_val_loss,
-        config=override(c, max_steps=self.plan.max_steps), train_history=self.train_history, val_history=self.val_history,
-        format_version=1, val_loss=val_loss, scaler_state_dict=self.scaler.state_dict(), rng_state=dict(seed=c.seed, step=self.step),
-        data_state=self.corpus.state_dict(), lineage=self.lineage, software=surroundings(c, self.device))
+        config=override(c, max_steps=self.plan.max_steps), train_history=self.train_history,
+        val_history=self.val_history, format_version=1, val_loss=val_loss, scaler_state_dict=self.scaler.state_dict(),
+        rng_state=dict(seed=c.seed, step=self.step), data_state=self.corpus.state_dict(),
+        lineage=self.lineage, software=surroundings(c, self.device))
 
+# %% ../nbs/10_trainer.ipynb #d0b3997d
 @patch
 def _names_due(self:Trainer, val_loss)->list:
     "The names that this step's checkpoint gets; none if no file is due."
     k,last = self.step,self.step==self.plan.max_steps
-    names = [step_name(k)] if last or k%self.config.save_interval==0 else []
-    if last: names.append(WORDS['final'])
-    if k==self.plan.trunk_step: names.append(WORDS['trunk'])
-    if val_loss is not None and val_loss<self.named_best: names.append(WORDS['best'])
-    return names
+    due = {step_name(k): last or k%self.config.save_interval==0, WORDS['final']: last,
+           WORDS['trunk']: k==self.plan.trunk_step, WORDS['best']: val_loss is not None and val_loss<self.named_best}
+    return [name for name,yes in due.items() if yes]
 
 @patch
 def _save(self:Trainer, names, val_loss=None):
     "Hand a copy of the state to the writer; training goes on while it writes."
     self._collect()
     if bad := next((n for n,p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
-        raise TrainingFailed(f'{bad} is not finite at step {self.step}, so it is not saved; the last checkpoint is untouched. A lower lr, in a new run, may do')
+        raise TrainingFailed(f'step {self.step} is not saved: {bad} is not finite. A lower lr in a new run may do')
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
     if WORDS['best'] in names: self.named_best = val_loss
     if WORDS['trunk'] in names:
@@ -224,6 +232,7 @@ def _save(self:Trainer, names, val_loss=None):
     self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
     self._collect()
 
+# %% ../nbs/10_trainer.ipynb #33d53782
 @patch
 def _collect(self:Trainer, wait=False):
     "Turn what the writer has finished into events; then, and not before, prune."
@@ -243,14 +252,13 @@ def _collect(self:Trainer, wait=False):
 def _disk_may_refuse(self:Trainer):
     "Tidying up that fails is a warning and no more."
     try: yield
-    except OSError as e: self.events.emit('warn', step=self.step, code='disk', text=f'{e.filename}: {e.strerror}; training goes on')
+    except OSError as e: self._warn('disk', f'{e.filename}: {e.strerror}; training goes on')
 
 @patch
 def _save_failed(self:Trainer, r, error):
     "Say it, once, and remember to try again; the best on the disk is still the old one."
     if WORDS['best'] in r['names']: self.named_best = self._best_on_disk()
-    if self.failed_at is None:
-        self.events.emit('warn', step=r['step'], code='save', text=f'{", ".join(r["names"])} could not be saved: {error}; older files stand, trying again')
+    if self.failed_at is None: self._warn('save', f'{", ".join(r["names"])} not saved: {error}; retrying', r['step'])
     self.failed_at = time.monotonic()
 
 # %% ../nbs/10_trainer.ipynb #41b15f62
@@ -267,42 +275,43 @@ def _after_step(self:Trainer, record):
 @patch
 def _tell(self:Trainer, record, now):
     "The train event: rates are of the steps since the last one."
-    n = max(1, self.step-self.told_step)
-    c,dt = self.config,self.busy_s/n
-    self.events.emit('train', **record, tokens=self.step*c.batch_size*c.block_size, tok_per_s=c.batch_size*c.block_size/max(dt, 1e-9), dt_ms=dt*1e3)
+    dt = self.busy_s/max(1, self.step-self.told_step)
+    tokens = self.config.batch_size*self.config.block_size # of a step
+    self.events.emit('train', **record, tokens=self.step*tokens, tok_per_s=tokens/max(dt, 1e-9), dt_ms=dt*1e3)
     self.told,self.told_step,self.busy_s,self.said_any = now,self.step,0.,True
     self.beat.fields.update(step=self.step)
 
 @patch
 def _evaluate_and_save(self:Trainer):
     "Evaluate if due, then save under the names that are due; by the clock if none is."
-    c = self.config
+    minutes = self.config.save_minutes
     val_loss = self._evaluate_here() if self._evaluation_due() else None
     if names := self._names_due(val_loss): self._save(names, val_loss)
-    elif c.save_minutes and time.monotonic()-self.last_save>=60*c.save_minutes and not self.writer.busy: self._save([AUTO])
+    elif minutes and time.monotonic()-self.last_save>=60*minutes and not self.writer.busy: self._save([AUTO])
 
 # %% ../nbs/10_trainer.ipynb #ad2a0308
 @patch
 def fit(self:Trainer,
     max_minutes:float=None, # stop after so long, as a signal would; None: at max_steps
 )->Trainer:
-    "Train to the plan's end or until stopped; `RunBusy` if another process trains here, `TrainingFailed` if it cannot go on."
+    "Train to the plan's end or until stopped; `RunBusy` if another process does, `TrainingFailed` if it cannot go on."
     if max_minutes is not None: self.stop.deadline = time.monotonic()+60*max_minutes
     self.interrupted = None
     if self._complete(): return self
-    with self.run.locked(), _generator_kept(self.device), self.stop.listening():
+    gpu = [torch.cuda.current_device()] if self.device.type=='cuda' else [] # generators are given back as they were
+    with self.run.locked(), torch.random.fork_rng(gpu), self.stop.listening():
         self._refuse_newer()
         self._begin()
-        state = 'failed'
-        try:
-            self._loop()
-            state = 'stopped' if self.interrupted else 'finished'
-        except Exception as e: raise e if isinstance(e, TrainingFailed) else TrainingFailed(f'{type(e).__name__}: {e}') from e
-        finally: self._finish(state)
+        failed = True
+        try: self._loop(); failed = False
+        except TrainingFailed: raise
+        except Exception as e: raise TrainingFailed(f'{type(e).__name__}: {e}') from e
+        finally: self._finish(failed)
     self._farewell()
     self.stop.clear() # the next `fit` is a new wish
     return self
 
+# %% ../nbs/10_trainer.ipynb #7495b4b3
 @patch
 def _loop(self:Trainer):
     "Steps until the end, or until asked to stop; at least one is done when only the clock asks."
@@ -316,18 +325,9 @@ def _loop(self:Trainer):
         self.step += 1
         self.busy_s += time.perf_counter()-t0
         self._after_step(record)
-    else: reason = self.stop.reason if self._evaluation_due() else None # asked in the last evaluation, which is due again
+    else: reason = self.stop.reason if self._evaluation_due() else None # asked in the last evaluation: due again
     self.interrupted = reason
     if reason and self.step>first and self.saved_step!=self.step: self._save([AUTO])
-
-@contextmanager
-def _generator_kept(device):
-    "Give torch's generators back as they were: a notebook's user may rely on them."
-    cpu,cuda = torch.get_rng_state(),torch.cuda.get_rng_state() if device.type=='cuda' else None
-    try: yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None: torch.cuda.set_rng_state(cuda)
 
 # %% ../nbs/10_trainer.ipynb #142844e5
 @patch
@@ -335,35 +335,38 @@ def _begin(self:Trainer):
     "Put the folder in order (once for each start or resume) and announce what begins."
     self.run.sweep()
     if (s := self.run/'stop').exists() and s.stat().st_mtime<BEGAN: s.unlink()
-    first = not self.segment_began
-    if first:
-        if self.ckpt is None: self._begin_new()
-        else: self._begin_resumed()
+    if not self.segment_began:
+        if self.ckpt is not None: self._begin_resumed()
+        elif self.new_run: self.run.new_run()
+        else:
+            self.run.refuse_new_run()
+            self.run.set_aside([self.run/'metrics.jsonl'])
         self.segment_began,self.saved_step = True,None
-    if first: self._backfill()
-    self.events = Events(self.run.path, self.lineage[-1]['run_id'], self.lineage[-1]['id'], [self._display()], self.listeners)
-    about = dict(step=self.step, max_steps=self.plan.max_steps, lineage=self.lineage, command=sys.argv, versions=surroundings(self.config, self.device), config=asdict(self.config))
-    if self.step==0: self.events.emit('start', **about)
-    else: self.events.emit('resume', **about, parent=self.parent and str(self.parent), exact=not self.differs, differs=self.differs)
-    self.beat = Heartbeat(self.run, state='running', step=self.step, max_steps=self.plan.max_steps, command=sys.argv, run_id=self.events.run_id, versions=about['versions'])
-    self.busy_s,self.said_any,self.told,self.told_step,self.failed_at = 0.,False,time.monotonic(),self.step,None
-    self.last_save = time.monotonic()
+        self._backfill()
+    self._announce()
     self._room()
 
+# %% ../nbs/10_trainer.ipynb #dc91596a
 @patch
-def _begin_new(self:Trainer):
-    "A new run: what is there is set aside, or was refused."
-    if self.new_run: self.run.new_run()
-    else:
-        self.run.refuse_new_run()
-        self.run.set_aside([self.run/'metrics.jsonl'])
+def _announce(self:Trainer):
+    "Open the event file, say what begins, and let the heart beat."
+    segment,versions,n = self.lineage[-1],surroundings(self.config, self.device),self.plan.max_steps
+    self.events = Events(self.run.path, segment['run_id'], segment['id'], [self._display()], self.listeners)
+    about = dict(step=self.step, max_steps=n, lineage=self.lineage, command=sys.argv, versions=versions,
+                 config=asdict(self.config))
+    if self.step: about |= dict(parent=self.parent and str(self.parent), exact=not self.differs, differs=self.differs)
+    self.events.emit('resume' if self.step else 'start', **about)
+    self.beat = Heartbeat(self.run, state='running', step=self.step, max_steps=n, command=sys.argv,
+                          run_id=segment['run_id'], versions=versions)
+    self.busy_s,self.said_any,self.told_step,self.failed_at = 0.,False,self.step,None
+    self.told = self.last_save = time.monotonic()
 
+# %% ../nbs/10_trainer.ipynb #6c82f854
 @patch
 def _begin_resumed(self:Trainer):
     "Set aside what does not lead to the resumed checkpoint, take it in if it lies elsewhere, and make the names true."
     c = self.ckpt
-    aside = self.run.go_back(c)
-    if aside: say(f'Set aside in {aside}: {", ".join(sorted(p.name for p in aside.iterdir()))}.')
+    if aside := self.run.go_back(c): say(f'Set aside in {aside}: {", ".join(sorted(p.name for p in aside.iterdir()))}.')
     if self.where=='own' and is_ours(c.path.name): self.run.heal(self.lineage[-1]['run_id'])
     else:
         link(c.path, self.run/step_name(c.step))
@@ -371,7 +374,8 @@ def _begin_resumed(self:Trainer):
     if self.early_trunk: self.run.take_name(WORDS['trunk'], c)
     if (aside or self.where=='aside') and (best := self.run.best(self._data_since())):
         self.run.take_name(WORDS['best'], best)
-        if best.val_loss>self.best_val_loss: say(f'The best validation loss up to here, {self.best_val_loss:.4f}, was at a step no longer here; best_model.pt is now step {best.step} ({best.val_loss:.4f}).')
+        if best.val_loss>self.best_val_loss:
+            say(f'Best loss {self.best_val_loss:.4f} is set aside; best is now step {best.step} ({best.val_loss:.4f}).')
     if self.new_data: self.run.keep_named(WORDS['best'])
     self.named_best = self._best_on_disk()
 
@@ -399,14 +403,12 @@ def _backfill(self:Trainer):
         old.emit(kind, **r, **tokens, segment=segment)
     old.close()
 
-@patch
-def _on_disk(self:Trainer)->set: return {(c.path.name, c.step, c.mtime) for c in self.run.living()}
-
+# %% ../nbs/10_trainer.ipynb #f2774c78
 @patch
 def _refuse_newer(self:Trainer):
     "Another process may have trained here since this one looked."
     new = [c for c in self.run.living() if (c.step or 0)>self.step and (c.path.name, c.step, c.mtime) not in self.known]
-    if new: raise RunExists(f'{self.run} holds a newer checkpoint by another process (step {new[0].step}): go on with Trainer.resume("latest", "{self.run}") or --resume latest')
+    if new: raise RunExists(f'another process saved step {new[0].step} in {self.run}; use {self._command("latest")}')
 
 @patch
 def _complete(self:Trainer)->bool:
@@ -414,52 +416,60 @@ def _complete(self:Trainer)->bool:
     if not self.done and (self.step<self.plan.max_steps or self._evaluation_due()): return False
     if self.run.path.is_dir():
         with self.run.locked(): self.run.heal(self.lineage[-1]['run_id'])
-    say(f'Training already complete at step {self.step} of {self.plan.max_steps}. To go on: {self._command("trunk" if (self.run/WORDS["trunk"]).exists() else "latest", 2*self.step)}')
+    say(f'Training already complete at step {self.step} of {self.plan.max_steps}. '
+        f'To go on: {self._command("latest", 2*self.step)}')
     return True
 
 @patch
 def _room(self:Trainer):
     "Say it before the first step if the disk will not hold the checkpoints to come."
-    c = self.config
-    size = sum(t.numel()*t.element_size() for s in optim_state(self.model, self.opts)['state'].values() for t in s.values()) + sum(p.numel()*4 for p in self.model.parameters())
-    periodic = (self.plan.max_steps-self.step)//c.save_interval+1
-    need,free = ((min(periodic, c.keep_last) if c.keep_last else periodic)+3)*size,shutil.disk_usage(self.run.path).free
-    if free<need: self.events.emit('warn', step=self.step, code='disk', text=f'{self.run} has {free/1e9:.1f} GB free, the checkpoints to come take about {need/1e9:.1f}; keep_last or save_interval make it less')
+    moments = optim_state(self.model, self.opts)['state'].values()
+    size = sum(t.numel()*t.element_size() for ts in (self.model.parameters(), *map(dict.values, moments)) for t in ts)
+    n = (self.plan.max_steps-self.step)//self.config.save_interval+1 # periodic ones to come
+    need,free = (min(n, self.config.keep_last or n)+3)*size,shutil.disk_usage(self.run.path).free
+    if free<need: self._warn('disk', f'{self.run}: {free/1e9:.1f} GB free, about {need/1e9:.1f} needed; see keep_last')
 
 # %% ../nbs/10_trainer.ipynb #48877c38
 @patch
-def _finish(self:Trainer, state):
+def _finish(self:Trainer, failed):
     "Wait for the last save, close the event file, say in `run.json` how it ended."
     self._collect(wait=True)
     for _ in range(2*(self.failed_at is not None)): # a moment's trouble, perhaps
         time.sleep(.5); self.writer.retry(); self._collect(wait=True)
-    if self.failed_at is not None: state = 'failed'
+    state = 'failed' if failed or self.failed_at is not None else 'stopped' if self.interrupted else 'finished'
     if state=='stopped': self.events.emit('stop', step=self.step, reason=self.interrupted)
     if state=='finished': self.events.emit('end', step=self.step)
     stored = self.events.close()
     self.beat.stop(state=state, step=self.step)
     self.known = self._on_disk()
-    if self.failed_at is not None: raise TrainingFailed(f'the last checkpoint could not be saved in {self.run}; older files stand')
+    if self.failed_at is not None: raise TrainingFailed(f'the last save in {self.run} failed; older files stand')
     if not stored: raise TrainingFailed(f'the last events could not be written to {self.run/"metrics.jsonl"}')
 
+# %% ../nbs/10_trainer.ipynb #0de09424
 @patch
 def _command(self:Trainer, what, extend=None)->str:
-    "The line to copy, in the spelling of who runs this."
-    if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"' + (f', extend_steps={extend}' if extend else '') + ').fit()'
+    "The line to copy, as who runs this would spell it; to extend, from the trunk if there is one."
+    if extend and (self.run/WORDS['trunk']).exists(): what = 'trunk'
+    more = '' if not extend else f', extend_steps={extend}' if in_notebook() else f' --extend-steps {extend}'
+    if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"{more}).fit()'
     where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {shlex.quote(str(self.run))}'
-    return f'{program("lmnb-train")} --resume {what}' + (f' --extend-steps {extend}' if extend else '') + where
+    return f'{program("lmnb-train")} --resume {what}{more}{where}'
 
 @patch
 def _farewell(self:Trainer):
     "How it ended, and what to do next."
+    at = f'at step {self.step} of {self.plan.max_steps}'
     if self.interrupted:
-        saved = f'saved as {self.saved_as}' if self.saved_step==self.step else 'no step was done, nothing had to be saved'
-        return say(f'Stopped at step {self.step} of {self.plan.max_steps} ({self.interrupted}); {saved}. To go on: {self._command("latest" if self.step else "latest-or-new")}')
+        saved = f'saved as {self.saved_as}' if self.saved_step==self.step else 'no step was done, nothing to save'
+        go_on = self._command('latest' if self.step else 'latest-or-new')
+        return say(f'Stopped {at} ({self.interrupted}); {saved}. To go on: {go_on}')
     last = f', validation loss {self.val_history[-1]["loss"]:.4f}' if self.val_history else ''
-    say(f'Finished at step {self.step} of {self.plan.max_steps}{last} (best {self.best_val_loss:.4f}).')
-    say(f'Sample: ' + (f'sample("{self.run}", "def")' if in_notebook() else f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def"'))
-    say(f'Extend: {self._command("trunk" if (self.run/WORDS["trunk"]).exists() else "latest", 2*self.plan.max_steps)}')
+    write = f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def"'
+    say(f'Finished {at}{last} (best {self.best_val_loss:.4f}).')
+    say('Sample: '+(f'sample("{self.run}", "def")' if in_notebook() else write))
+    say(f'Extend: {self._command("latest", 2*self.plan.max_steps)}')
 
+# %% ../nbs/10_trainer.ipynb #fccdcf64
 def in_notebook()->bool:
     "Whether output goes to a notebook's cell."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
@@ -499,8 +509,8 @@ def resume(cls:Trainer,
     run = RunDir(checkpoint_dir or 'checkpoints')
     if str(what)=='latest-or-new':
         if new_run or not run.living():
-            new = dict(max_steps=extend_steps) if extend_steps else {}
-            new |= {k:v for k,v in dict(data=data, tokenizer=tokenizer).items() if v is not None}
+            new = dict(max_steps=extend_steps or None, data=data, tokenizer=tokenizer)
+            new = {k:v for k,v in new.items() if v is not None}
             return cls(override(config or preset(), **changes, **new), run.path, new_run=new_run, **rest)
         run.holds_run() # names the damaged ones if all are
         what,config = 'latest',None
@@ -509,22 +519,30 @@ def resume(cls:Trainer,
     except CheckpointError as e: raise _with_way_out(e, path) from None
     self = cls.__new__(cls)
     self.run,self.where = _home(path, checkpoint_dir)
-    self._restore(path, saved, extend_steps, config, data, tokenizer, allow_new_data, changes, rest)
+    rest |= dict(source=data, allow_new_data=allow_new_data)
+    self._restore(path, saved, extend_steps, config, tokenizer, changes, rest)
     return self
 
+def _with_way_out(e, path):
+    "A damaged file's error, with the checkpoint to use instead."
+    good = next((c for c in RunDir(path.parent).living() if c.path!=path and not describe(c.path, True).error), None)
+    return CheckpointError(f'{e}.' + (f' Use {good.path} (step {good.step}) instead' if good else ''))
+
+# %% ../nbs/10_trainer.ipynb #dfb7b5a4
 def _home(path, checkpoint_dir)->tuple:
-    "The folder that a resume of `path` continues in, and where the file lies: in its own, aside in it, or in another run (a branch)."
+    "The folder that a resume of `path` continues in, and how the file lies to it: own, aside, or of a branch."
     given = None if checkpoint_dir is None else RunDir(checkpoint_dir)
     aside = path.parent.parent.name=='superseded' and RunDir(_short(path.parent.parent.parent))
     if aside and (not given or given.path.resolve()==aside.path.resolve()):
         if (path.parent/'metrics.jsonl').exists() or (path.parent/'run.json').exists():
-            raise ValueError(f'{path} belongs to another run, which --new-run set aside; branch it: --resume {path} --checkpoint-dir NEW')
+            raise ValueError(f'{path} is of a run that was set aside; branch it: --resume {path} --checkpoint-dir NEW')
         return aside,'aside'
     others = {p.name for p in path.parent.iterdir()}-{path.name}
     alone = not any(is_ours(n) or n in ('metrics.jsonl', 'run.json', 'superseded') for n in others)
     home = given or RunDir('checkpoints' if alone else _short(path.parent))
     if home.path.resolve()==path.parent.resolve(): return home,'own'
-    if home.holds_run(): raise RunExists(f'{home} holds a run: go on with it by --checkpoint-dir {home} --resume latest, or choose another folder for the branch')
+    if home.holds_run():
+        raise RunExists(f'{home} holds a run: --checkpoint-dir {home} --resume latest goes on; or branch elsewhere')
     say(f'A branch of {_short(path)}, in {home}.')
     return home,'branch'
 
@@ -534,32 +552,32 @@ def _short(path):
 
 # %% ../nbs/10_trainer.ipynb #9168dd14
 @patch
-def _restore(self:Trainer, path, saved, extend_steps, config, data, tokenizer, allow_new_data, changes, rest):
+def _restore(self:Trainer, path, saved, extend_steps, config, tokenizer, changes, rest):
     "Become the run that goes on from the checkpoint `saved`; what is wrong is said before anything is built."
     old = saved['config']
     self.new_run,self.parent,self.ckpt = False,_short(path),describe(path)
     _writable(self.run)
     new,step = changed_config(old, changes),saved['global_step']
     before = plan_from(old, saved['scheduler_state_dict'])
-    if extend_steps is not None and not extend_steps>0: raise ValueError(f'extend_steps={extend_steps} must be above 0: it is the new total of steps')
+    if not (extend_steps is None or extend_steps>0): raise ValueError(f'extend_steps={extend_steps} must be above 0')
     self.done = extend_steps==step
     self.plan = before if extend_steps is None or self.done else before.extended(step, extend_steps)
     if config is not None and (d := config_diff(old, override(config, **{k:getattr(old, k) for k in RUN_TIME}))):
-        say('--config is ignored, the checkpoint\'s settings are used: ' + ', '.join(f'{k} {a!r}, not {b!r}' for k,(a,b) in d.items()) + '.')
+        say(f'--config is ignored; the checkpoint has {", ".join(f"{k} {a!r}, not {b!r}" for k,(a,b) in d.items())}.')
     had = saved.get('data_state')
     if not had: say(f'{path.name} carries no data: that this is the data it was trained on could not be checked.')
     threads_as(saved.get('software'))
-    self._setup(override(new, tokenizer=tokenizer or ('' if had else new.tokenizer)), saved, **rest, source=data, allow_new_data=allow_new_data)
-    self.config = override(self.config, tokenizer=old.tokenizer)
+    self._setup(override(new, tokenizer=tokenizer or ('' if had else new.tokenizer)), saved, **rest)
+    self.config = override(self.config, tokenizer=old.tokenizer, max_steps=self.plan.max_steps)
     self.step = self.ckpt.step = step
     self.new_data = bool(had) and self.corpus.fingerprint!=had['fingerprint']
     self._load(saved)
     self.early_trunk = self.plan!=before and before.at_trunk(step) and self.plan.segments[-1]['kind']=='fall'
-    self.config = override(self.config, max_steps=self.plan.max_steps)
     self._join_line(saved)
     self.differs = self._differences(saved)
     if self.step<self.plan.max_steps and not self.done: say(self._resume_line(before))
 
+# %% ../nbs/10_trainer.ipynb #f931270a
 @patch
 def _load(self:Trainer, saved):
     "Copy every number of the checkpoint into the running objects; a `ValueError` names what does not fit."
@@ -567,12 +585,13 @@ def _load(self:Trainer, saved):
     copy_tensors(f'{what}: model_state_dict', saved['model_state_dict'], self.model.state_dict())
     try:
         load_optim_state(self.model, self.opts, saved['optimizer_state_dict'])
-        if self.scaler.is_enabled() and saved.get('scaler_state_dict'): self.scaler.load_state_dict(saved['scaler_state_dict'])
+        if self.scaler.is_enabled() and (scale := saved.get('scaler_state_dict')): self.scaler.load_state_dict(scale)
     except ValueError as e: raise ValueError(f'{what}: {e}') from None
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{what}: the state of its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
-    if saved.get('val_loss') is not None or any(r['step']==self.step for r in saved['val_history'][-1:]): self.evaluated = self.step
+        raise ValueError(f'{what}: its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
     self.train_history,self.val_history = saved['train_history'],saved['val_history']
+    known = saved.get('val_loss') is not None or any(r['step']==self.step for r in self.val_history[-1:])
+    if known: self.evaluated = self.step
     self.best_val_loss = math.inf if self.new_data else saved['best_val_loss']
 
 @patch
@@ -582,15 +601,14 @@ def _join_line(self:Trainer, saved):
     run_id = None if self.where=='branch' or not line else line[-1].get('run_id')
     segment = dict(id=new_id(), parent=line[-1]['id'] if line else None, from_step=self.step, run_id=run_id or new_id())
     if self.new_data: segment['new_data'] = self.corpus.fingerprint
-    self.lineage = [*line, segment]
-    self.ckpt.lineage = line
+    self.lineage,self.ckpt.lineage = [*line, segment],line
 
 # %% ../nbs/10_trainer.ipynb #c460ccee
 def changed_config(old:ExperimentConfig, changes:dict)->ExperimentConfig:
     "`old` with run-time settings changed; a `ValueError` names those that may not change at a resume."
     diff = config_diff(old, override(old, **changes))
     if bad := [k for k in diff if k not in RUN_TIME]:
-        hint = '; for max_steps use --extend-steps' if 'max_steps' in bad else '; for data use --data' if 'data' in bad else ''
+        hint = '; max_steps: --extend-steps' if 'max_steps' in bad else '; data: --data' if 'data' in bad else ''
         raise ValueError(', '.join(f'{k}={diff[k][1]!r} (the checkpoint has {diff[k][0]!r})' for k in bad) +
                          f' cannot change at a resume{hint}. What can: {", ".join(RUN_TIME)}')
     return override(old, **changes)
@@ -600,6 +618,7 @@ def threads_as(software):
     n = (software or {}).get('threads')
     if type(n) is int and 0<n<=(os.cpu_count() or 1) and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(n)
 
+# %% ../nbs/10_trainer.ipynb #e0f6d025
 @patch
 def _differences(self:Trainer, saved)->list:
     "Why bits may differ from a run that was never stopped; empty if they may not."
@@ -611,19 +630,14 @@ def _differences(self:Trainer, saved)->list:
 @patch
 def _resume_line(self:Trainer, before)->str:
     "What kind of resume it is, in one line."
-    exact = 'exact' if not self.config.compile else 'exact as far as the compiler repeats itself'
-    kind = f'not exact ({", ".join(self.differs)}): bits may differ' if self.differs else exact
-    seam = ''
+    kind = 'exact as far as the compiler repeats itself' if self.config.compile else 'exact'
+    if self.differs: kind = f'not exact ({", ".join(self.differs)}): bits may differ'
+    seam,n = '',self.plan.max_steps
     if self.plan!=before:
-        last = self.plan.segments[-1]
-        how = dict(straight='as if so long from the start', climb='the learning rate climbs back first', fall='the learning rate falls from here')[last['kind']]
-        seam = f' ({"extended" if self.plan.max_steps>before.max_steps else "shortened"} from {before.max_steps}, {how})'
-    return f'Resuming {self.parent} at step {self.step}, going to {self.plan.max_steps}{seam}: {kind}.'
-
-def _with_way_out(e, path):
-    "A damaged file's error, with the checkpoint to use instead."
-    good = next((c for c in RunDir(path.parent).living() if c.path!=path and describe(c.path, check=True).error is None), None)
-    return CheckpointError(f'{e}.' + (f' Use {good.path} (step {good.step}) instead' if good else ''))
+        how = dict(straight='as if so long from the start', climb='the learning rate climbs back first',
+                   fall='the learning rate falls from here')[self.plan.segments[-1]['kind']]
+        seam = f' ({"extended" if n>before.max_steps else "shortened"} from {before.max_steps}, {how})'
+    return f'Resuming {self.parent} at step {self.step}, going to {n}{seam}: {kind}.'
 
 # %% ../nbs/10_trainer.ipynb #4dcf4837
 def stream_sample(
@@ -639,19 +653,20 @@ def stream_sample(
 ):
     "Yield text as it is written; errors as `load_checkpoint` has them."
     saved = load_checkpoint(RunDir('checkpoints').find(what, note), note=note)
-    text = (saved.get('data_state') or {}).get('tokenizer') or (Path(tokenizer).expanduser().read_text(encoding='utf-8') if tokenizer else None)
+    text = (saved.get('data_state') or {}).get('tokenizer') or None
+    if text is None and tokenizer: text = Path(tokenizer).expanduser().read_text(encoding='utf-8')
     if text is None: raise ValueError(f'{what} carries no tokenizer; add --tokenizer FILE')
     tok,config,dev = as_tokenizer(text),saved['config'],resolve_device(device)
     model = GPT(config).to(dev)
     copy_tensors('model_state_dict', saved.pop('model_state_dict'), model.state_dict())
-    end = eot_id(tok)
-    ids = tok.encode(prompt, add_special_tokens=False).ids or [0 if end is None else end]
+    ids = tok.encode(prompt, add_special_tokens=False).ids or [eot_id(tok) or 0]
     if max(ids)>=config.vocab_size: raise ValueError(f'the tokenizer has id {max(ids)}, the model {config.vocab_size}')
-    if len(ids)>config.block_size: note(f'The prompt has {len(ids)} tokens; the model sees the last {config.block_size//2}.')
+    if len(ids)>config.block_size: note(f'The model sees the last {config.block_size//2} of {len(ids)} prompt tokens.')
     allowed = text_ids(tok, config.vocab_size).to(dev)
     made = generate(model, torch.tensor([ids], device=dev), max_tokens, temperature, top_k, seed, allowed)
     yield from stream_text((int(t) for t in made), tok)
 
+# %% ../nbs/10_trainer.ipynb #41c8c14e
 def sample(
     what='latest', # a checkpoint file, a run's folder, or a word of `Trainer.resume`
     prompt:str='', # where to begin
