@@ -11,11 +11,12 @@ import difflib, math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import get_type_hints
 
+from fastcore.basics import patch
+
 # %% ../nbs/00_config.ipynb #57ecf83f
 @dataclass(frozen=True)
 class ExperimentConfig:
     "One run, whole; a `ValueError` names every field that is impossible, with what is allowed."
-    # model
     vocab_size:int = 8192       # number of token ids, V; at least 257 where a tokenizer is trained
     block_size:int = 256        # longest sequence in tokens, T
     n_layer:int = 7             # transformer blocks
@@ -23,12 +24,12 @@ class ExperimentConfig:
     n_kv_head:int = 0           # key and value heads per block, a divisor of n_head; 0: as many as n_head
     n_embd:int = 384            # width of the residual stream, C
     dropout:float = 0.0         # share of activations dropped in training
-    # data
+
     data:str = 'stdlib'         # text file, folder, glob, FILE:COLUMN of .jsonl or .csv, train.bin folder, or stdlib
     tokenizer:str = ''          # tokenizer.json to use; empty: train one on the data
     val_fraction:float = 0.05   # share of the tokens, from the end, held out for validation
     bin_dtype:str = 'uint16'    # type of the ids in a train.bin folder: uint16 or uint32
-    # optimizer
+
     optimizer:str = 'muon'      # muon (AdamW for embedding and norms) or adamw
     lr:float = 4e-3             # peak learning rate
     weight_decay:float = 0.1    # on matrices only
@@ -36,13 +37,13 @@ class ExperimentConfig:
     grad_clip:float = 0.5       # largest norm of the whole gradient; 0: not clipped
     batch_size:int = 4          # sequences per update, over all processes
     micro_batch_size:int = 0    # sequences per backward pass, to save memory; 0: batch_size
-    # schedule
+
     schedule:str = 'wsd'        # wsd (warm-up, constant, cooldown) or cosine
     warmup_steps:int = 20       # steps from 0 to lr
     max_steps:int = 2000        # updates in the whole run
     cooldown_frac:float = 0.2   # wsd: share of the run, at its end, in which lr falls
     min_lr_frac:float = 0.0     # share of lr that the fall ends at
-    # run
+
     seed:int = 0                # the one seed: initial weights, order of the data, dropout
     save_interval:int = 500     # steps between checkpoints
     save_minutes:float = 10.0   # longest time between saves; 0: by steps alone
@@ -58,18 +59,22 @@ class ExperimentConfig:
         for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name)))
         if wrong := _complaints(self): raise ValueError('; '.join(wrong))
 
-    @property
-    def head_dim(self): return self.n_embd//self.n_head
-    @property
-    def n_kv(self): return self.n_kv_head or self.n_head
-    @property
-    def n_ff(self): return -(-8*self.n_embd//3//8)*8  # SwiGLU's width: 8/3 of C, up to a multiple of 8
-    @property
-    def n_params(self): # embedding, two norms a block and one at the end, and what stands in the blocks
-        attn = 2*self.n_embd*self.head_dim*(self.n_head+self.n_kv)+2*self.head_dim
-        return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
-    @property
-    def micro_batch(self): return self.micro_batch_size or self.batch_size
+# %% ../nbs/00_config.ipynb #57c9c5ef
+@patch(as_prop=True)
+def head_dim(self:ExperimentConfig)->int: return self.n_embd//self.n_head
+@patch(as_prop=True)
+def n_kv(self:ExperimentConfig)->int: return self.n_kv_head or self.n_head
+@patch(as_prop=True)
+def micro_batch(self:ExperimentConfig)->int: return self.micro_batch_size or self.batch_size
+@patch(as_prop=True)
+def n_ff(self:ExperimentConfig)->int:
+    "SwiGLU's width: 8/3 of C, up to a multiple of 8."
+    return -(-8*self.n_embd//3//8)*8
+@patch(as_prop=True)
+def n_params(self:ExperimentConfig)->int:
+    "Parameters: the embedding, what stands in the blocks with two norms each, and the last norm."
+    attn = 2*self.n_embd*self.head_dim*(self.n_head+self.n_kv)+2*self.head_dim
+    return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
 
 # %% ../nbs/00_config.ipynb #3f2db332
 def _typed(name, value):
@@ -86,29 +91,32 @@ def _typed(name, value):
 
 def _cut(value): return s if len(s := repr(value))<80 else s[:77]+'...'
 
-_KINDS = {int:'a whole number', float:'a number', bool:'True or False', str:'text', tuple:'two numbers, such as 0.9,0.95'}
+_KINDS = {int:'a whole number', float:'a number', bool:'True or False', str:'text',
+          tuple:'two numbers, such as 0.9,0.95'}
 
 # %% ../nbs/00_config.ipynb #0211c11c
 _CHOICES = dict(optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine'), bin_dtype=('uint16', 'uint32'),
                 device=('auto', 'cpu', 'cuda', 'mps'), amp=('auto', 'off', 'bf16', 'fp16'))
-_AT_LEAST = dict(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_kv_head=0, n_embd=2, batch_size=1, micro_batch_size=0,
-                 warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0, eval_interval=1, eval_batches=1,
+_AT_LEAST = dict(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_kv_head=0, n_embd=2, batch_size=1,
+                 micro_batch_size=0, warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0, eval_interval=1, eval_batches=1,
                  log_interval=1, weight_decay=0, grad_clip=0, keep_last=0)
-_SHARES = dict(dropout=(0, .99), val_fraction=(0.0001, .9), cooldown_frac=(0, 1), min_lr_frac=(0, 1)) # both ends allowed
-_AT_MOST = dict(block_size=2**20, vocab_size=2**24, batch_size=2**20, n_layer=2**14) # a file from a stranger must not ask for all memory
-_LIMIT = 10**12 # of every other whole number
+_SHARES = dict(dropout=(0, .99), val_fraction=(.0001, .9), cooldown_frac=(0, 1), min_lr_frac=(0, 1)) # ends included
+_AT_MOST = dict(block_size=2**20, vocab_size=2**24, batch_size=2**20, n_layer=2**14)
+_LIMIT = 10**12 # of every other whole number: a file from a stranger must not ask for all memory
 
 # %% ../nbs/00_config.ipynb #2fba79e5
 def _complaints(c):
     "What is impossible in `c`, one sentence each."
-    wrong = [f'{k}={_cut(getattr(c, k))} must be one of {", ".join(v)}' for k,v in _CHOICES.items() if getattr(c, k) not in v]
+    wrong = [f'{k}={_cut(getattr(c, k))} must be one of {", ".join(v)}' for k,v in _CHOICES.items()
+             if getattr(c, k) not in v]
     wrong += [f'{k}={_cut(getattr(c, k))} must be at least {v}' for k,v in _AT_LEAST.items() if getattr(c, k)<v]
     most = {f.name:_AT_MOST.get(f.name, _LIMIT) for f in fields(c) if f.type is int}
     wrong += [f'{k}={_cut(getattr(c, k))} must be at most {v}' for k,v in most.items() if getattr(c, k)>v]
-    wrong += [f'{k}={getattr(c, k)} must lie between {lo} and {hi}' for k,(lo,hi) in _SHARES.items() if not lo<=getattr(c, k)<=hi]
+    wrong += [f'{k}={getattr(c, k)} must lie between {lo} and {hi}' for k,(lo,hi) in _SHARES.items()
+              if not lo<=getattr(c, k)<=hi]
     if c.lr<=0: wrong.append(f'lr={c.lr} must be above 0')
     if not all(0<=b<1 for b in c.betas): wrong.append(f'betas={c.betas} must each be at least 0 and below 1')
-    if c.keep_last==1: wrong.append('keep_last=1 would leave a single checkpoint: 0 keeps all, 2 or more keeps the last ones')
+    if c.keep_last==1: wrong.append('keep_last=1 would leave a single checkpoint: 0 keeps all, 2 or more the last ones')
     if not wrong: wrong = _contradictions(c)
     return wrong
 
@@ -116,9 +124,11 @@ def _contradictions(c):
     "Fields that are fine alone and not together."
     wrong = []
     if c.n_embd%c.n_head: wrong.append(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
-    elif c.head_dim%2: wrong.append(f'n_embd={c.n_embd} over n_head={c.n_head} gives heads of {c.head_dim}; rotary positions need an even number')
+    elif c.head_dim%2:
+        wrong.append(f'n_embd={c.n_embd} over n_head={c.n_head} gives heads of {c.head_dim}, which must be an even number')
     if c.n_head%c.n_kv: wrong.append(f'n_kv_head={c.n_kv_head} must divide n_head={c.n_head}')
-    if c.micro_batch_size>c.batch_size: wrong.append(f'micro_batch_size={c.micro_batch_size} must be at most batch_size={c.batch_size}')
+    if c.micro_batch_size>c.batch_size:
+        wrong.append(f'micro_batch_size={c.micro_batch_size} must be at most batch_size={c.batch_size}')
     return wrong
 
 # %% ../nbs/00_config.ipynb #53c84a16
@@ -127,7 +137,8 @@ PRESETS = dict(
     medium  = dict(),
     large   = dict(n_layer=11, n_head=10, n_embd=640, block_size=512, batch_size=8, lr=2e-3, eval_batches=8),
     xlarge  = dict(n_layer=15, n_head=16, n_embd=1024, block_size=1024, batch_size=4, lr=1.5e-3),
-    rtx4090 = dict(n_layer=13, n_head=12, n_embd=768, block_size=1024, batch_size=32, micro_batch_size=8, lr=2e-3, eval_batches=4))
+    rtx4090 = dict(n_layer=13, n_head=12, n_embd=768, block_size=1024, batch_size=32, micro_batch_size=8, lr=2e-3,
+                   eval_batches=4))
 
 def preset(
     name:str='medium', # one of `PRESETS`
@@ -140,7 +151,7 @@ def preset(
 def _unknown(what, name, known):
     "One line for a name that does not exist."
     close = difflib.get_close_matches(str(name), list(known), 1)
-    return f'unknown {what} {name!r}' + (f'; did you mean {close[0]!r}?' if close else f'; there are {", ".join(known)}')
+    return f'unknown {what} {name!r}; ' + (f'did you mean {close[0]!r}?' if close else f'there are {", ".join(known)}')
 
 def override(
     config:ExperimentConfig, # left as it is

@@ -41,7 +41,8 @@ def find_files(
     elif any(c in source for c in '*?['): found = _globbed(path)
     else: return _column_file(source)
     files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts))
-    if not files: raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob such as "texts/**/*.txt", or stdlib')
+    if not files:
+        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob like "texts/**/*.txt", or stdlib')
     return files,None
 
 def _globbed(path):
@@ -54,16 +55,18 @@ def _column_file(source):
     name,_,column = source.rpartition(':')
     path = Path(name).expanduser()
     if not name or not path.is_file():
-        raise FileNotFoundError(f'data not found: {source} (looked in {Path.cwd()}); give a file, a folder, a glob, FILE:COLUMN or stdlib')
+        raise FileNotFoundError(f'data not found: {source} (looked in {Path.cwd()}); give a file, a folder, a glob, '
+                                'FILE:COLUMN or stdlib')
     if path.name.removesuffix('.gz').endswith(('.jsonl', '.csv')): return [(path.name, path)],column
     raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
 
 # %% ../nbs/01_data.ipynb #58af9e86
 PIECE,SOFT = 1_000_000,100_000 # characters of a piece: at most, and where lines allow
-_REFUSED = {'.parquet':'convert it to .jsonl', '.zip':'unpack it', '.tar':'unpack it', '.xz':'unpack it', '.bz2':'unpack it',
-            '.zst':'unpack it', '.tgz':'unpack it', '.pdf':'extract its text', '.docx':'save it as text', '.pt':'', '.safetensors':''}
+_REFUSED = {'.parquet':'convert it to .jsonl', '.pdf':'extract its text', '.docx':'save it as text',
+            **dict.fromkeys(('.zip', '.tar', '.xz', '.bz2', '.zst', '.tgz'), 'unpack it'),
+            **dict.fromkeys(('.pt', '.safetensors'), 'leave it out')}
 _BOMS = [(codecs.BOM_UTF8, 'utf-8'), (codecs.BOM_UTF32_LE, 'utf-32-le'), (codecs.BOM_UTF32_BE, 'utf-32-be'),
-         (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be')] # UTF-32 first: its mark begins as UTF-16's does
+         (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be')] # UTF-32's mark begins as UTF-16's
 
 def read_blocks(
     path:Path,
@@ -72,7 +75,7 @@ def read_blocks(
     "The text of one file (or of its `.gz`) in blocks; a `ValueError` names the file and the byte that is no UTF-8."
     suffix = path.suffix.lower()
     if suffix in _REFUSED:
-        raise ValueError(' '.join(f'{path}: {suffix} files are not text; {_REFUSED[suffix] or "leave it out"}, or give a glob such as "*.txt"'.split()))
+        raise ValueError(f'{path}: {suffix} files are not text; {_REFUSED[suffix]}, or give a glob such as "*.txt"')
     try:
         with (gzip.open if suffix=='.gz' else open)(path, 'rb') as f:
             head = f.read(4)
@@ -87,17 +90,19 @@ def _decode(path, f, block, encoding, done):
     while True:
         more = f.read(PIECE)
         if encoding=='utf-8' and b'\0' in block[:8192] and done<8192:
-            raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob such as "*.txt"')
+            raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob')
         waiting = len(decoder.getstate()[0])
         try: text = decoder.decode(block, final=not more)
         except UnicodeDecodeError as e:
-            raise ValueError(f'{path}: byte {done-waiting+e.start} is no {encoding.upper()}; convert the file to UTF-8') from None
+            at = done-waiting+e.start
+            raise ValueError(f'{path}: byte {at} is no {encoding.upper()}; convert the file to UTF-8') from None
         done,block = done+len(block),more
         if text: yield text
         if not more: return
 
+# %% ../nbs/01_data.ipynb #63e74806
 def cut(blocks):
-    "Cut a text that comes in `blocks` at its last line end within `SOFT` characters, else at the next, else at `PIECE`."
+    "Cut a text that comes in `blocks` at the last line end within `SOFT` characters, else the next, else at `PIECE`."
     text = ''
     for block in blocks:
         text,at = text+block,0
@@ -147,7 +152,8 @@ def fingerprint(pieces)->tuple:
     for b in map(_bytes, pieces): h.update(b); size += len(b)
     return h.hexdigest()[:32],size
 
-def _bytes(piece): return b'\xff' if piece is None else piece.encode('utf-8', 'surrogatepass') # 0xff is in no UTF-8 text
+def _bytes(piece): # 0xff is in no UTF-8 text
+    return b'\xff' if piece is None else piece.encode('utf-8', 'surrogatepass')
 
 # %% ../nbs/01_data.ipynb #d694cdf1
 EOT = '<|endoftext|>'
@@ -190,24 +196,27 @@ def _evenly(pieces, size):
         if taken*max(size, _SAMPLE)<=seen*_SAMPLE: taken += n; yield p
         seen += n
 
+# %% ../nbs/01_data.ipynb #c6ed9d88
 def as_tokenizer(text:str):
     "A `tokenizers.Tokenizer` from JSON text, to which a special token's name inside a text is text."
     from tokenizers import Tokenizer
     try: tok = Tokenizer.from_str(text)
-    except Exception as e: raise ValueError(f'this is no tokenizer.json of the tokenizers library: {str(e)[:200]}') from None
+    except Exception as e: raise ValueError(f'no tokenizer.json of the tokenizers library: {str(e)[:200]}') from None
     tok.encode_special_tokens = True
     tok.no_truncation(); tok.no_padding()
     return tok
 
 def eot_id(tok)->int|None:
     "The id that ends a text, or None if the tokenizer has none that we know."
-    return next((i for t in (EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>') if (i := tok.token_to_id(t)) is not None), None)
+    known = map(tok.token_to_id, (EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>'))
+    return next((i for i in known if i is not None), None)
 
 # %% ../nbs/01_data.ipynb #16263038
 def cache_dir(note=print)->Path:
     "Where token files lie: `LMNB_CACHE`, else the user's cache, else (said by `note`) a temporary folder."
-    home = {'win32':os.environ.get('LOCALAPPDATA', '~/AppData/Local'), 'darwin':'~/Library/Caches'}.get(sys.platform, '~/.cache')
-    path = Path(os.environ.get('LMNB_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or home)/'lmnb').expanduser()
+    home = dict(win32=os.environ.get('LOCALAPPDATA', '~/AppData/Local'), darwin='~/Library/Caches')
+    home = os.environ.get('XDG_CACHE_HOME') or home.get(sys.platform, '~/.cache')
+    path = Path(os.environ.get('LMNB_CACHE') or Path(home)/'lmnb').expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         if os.access(path, os.W_OK): return path
@@ -245,7 +254,7 @@ def encode(pieces, tok, out, dtype)->tuple:
         codes = iter(tok.encode_batch_fast([p for p in batch if p is not None], add_special_tokens=False))
         for p in batch:
             ids = np.array(([] if eot is None else [eot]) if p is None else next(codes).ids, dtype=np.int64)
-            if len(ids) and ids.max()>np.iinfo(dtype).max: raise ValueError(f'token id {ids.max()} does not fit {dtype}')
+            if max(ids, default=0)>np.iinfo(dtype).max: raise ValueError(f'token id {max(ids)} does not fit {dtype}')
             out.write(ids.astype(dtype).tobytes())
             n += len(ids)
         batch.clear()
@@ -257,13 +266,14 @@ def encode(pieces, tok, out, dtype)->tuple:
     flush()
     return n,h.hexdigest()[:32]
 
+# %% ../nbs/01_data.ipynb #6fca27f7
 def token_file(
     root:Path,     # the cache folder
     contents:str,  # the corpus' fingerprint
     tokenizer:str, # JSON text
     pieces,        # called for the corpus' pieces, only if there is no finished file
 ): # memory-mapped ids, (N,)
-    "Find or make the token file; an `OSError` leaves nothing behind, a `RuntimeError` says that the source changed meanwhile."
+    "Find or make the token file; an `OSError` leaves nothing behind, a `RuntimeError`: the source changed meanwhile."
     folder = root/cache_key(contents, tokenizer)
     if (ids := open_tokens(folder)) is not None: return ids
     with FileLock(f'{folder}.lock'):
@@ -293,6 +303,7 @@ class Corpus:
     def state_dict(self):
         return dict(source=self.source, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
 
+# %% ../nbs/01_data.ipynb #b738eb33
 def load_corpus(
     config:ExperimentConfig,
     saved:dict=None,           # a checkpoint's `data_state`, or None for a fresh run
@@ -308,7 +319,8 @@ def load_corpus(
     ids = None
     if saved and source is None: ids = open_tokens(root/cache_key(saved['fingerprint'], saved['tokenizer']))
     if ids is not None: contents = saved['fingerprint']
-    elif (Path(where).expanduser()/'train.bin').is_file(): return _bin_corpus(config, where, tokenizer, saved, allow_new_data)
+    elif (Path(where).expanduser()/'train.bin').is_file():
+        return _bin_corpus(config, where, tokenizer, saved, allow_new_data)
     else: contents,tokenizer,ids = _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note)
     n_val = int(len(ids)*config.val_fraction)
     return _long_enough(config, Corpus(ids[:len(ids)-n_val], ids[len(ids)-n_val:], where, contents, tokenizer))
@@ -323,7 +335,8 @@ def _given_tokenizer(config, saved):
         if text is None: text = named
         elif as_tokenizer(named).to_str()!=as_tokenizer(text).to_str():
             prints = [hashlib.sha256(as_tokenizer(t).to_str().encode()).hexdigest()[:12] for t in (text, named)]
-            raise ValueError(f'{config.tokenizer} (fingerprint {prints[1]}) is not the tokenizer of the checkpoint ({prints[0]}); leave --tokenizer out')
+            raise ValueError(f'{config.tokenizer} (fingerprint {prints[1]}) is not the tokenizer of the checkpoint '
+                             f'({prints[0]}); leave --tokenizer out')
     if text is not None and (n := max(as_tokenizer(text).get_vocab().values(), default=0)+1)>config.vocab_size:
         raise ValueError(f'the tokenizer has {n} ids, vocab_size={config.vocab_size}; set vocab_size={n} or more')
     return text
@@ -333,8 +346,9 @@ def _same_contents(contents, where, saved, allow_new_data):
     "Refuse other contents than the checkpoint's."
     if not saved or allow_new_data or contents==saved['fingerprint']: return
     hint = ' (stdlib differs between Python versions)' if 'stdlib' in (where, saved['source']) else ''
-    raise ValueError(f'other data than the checkpoint was trained on{hint}: {where} has fingerprint {contents[:12]}, the checkpoint '
-                     f'{saved["fingerprint"][:12]} from {saved["source"]}; --data says where the same data lies now, --allow-new-data goes on with this')
+    raise ValueError(f'other data than the checkpoint was trained on{hint}: {where} has fingerprint {contents[:12]}, '
+                     f'the checkpoint {saved["fingerprint"][:12]} from {saved["source"]}; --data says where the same data '
+                     'lies now, --allow-new-data goes on with this')
 
 def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
     "Fingerprint, tokenizer and ids of a text source."
@@ -354,9 +368,11 @@ def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
         tokenizer = path.read_text(encoding='utf-8')
     if open_tokens(root/cache_key(contents, tokenizer)) is None:
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
-        if (free := shutil.disk_usage(root).free)<size: note(f'{root} has {free/1e9:.1f} GB free, the token file may take {size/1e9:.1f}; LMNB_CACHE names another folder.')
+        if (free := shutil.disk_usage(root).free)<size:
+            note(f'{root} has {free/1e9:.1f} GB free, the token file may take {size/1e9:.1f}; LMNB_CACHE names another folder.')
     return contents,tokenizer,token_file(root, contents, tokenizer, lambda: documents(files, column))
 
+# %% ../nbs/01_data.ipynb #d4ca00fd
 def _write_whole(path, text):
     "Write a small file under a temporary name, then rename it."
     part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
@@ -370,27 +386,28 @@ def _long_enough(config, corpus):
     T,n,m = config.block_size,len(corpus.train),len(corpus.val)
     if n<T+1 or m<T+1:
         need = max(T+1, int((T+1)/config.val_fraction)+1)
-        raise ValueError(f'{corpus.source} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes {T+1} of each '
-                         f'(about {need} in all with val_fraction={config.val_fraction})')
+        raise ValueError(f'{corpus.source} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes {T+1} '
+                         f'of each (about {need} in all with val_fraction={config.val_fraction})')
     return corpus
 
 # %% ../nbs/01_data.ipynb #233aeba7
 def _bin_corpus(config, where, tokenizer, saved, allow_new_data):
     "A folder with `train.bin` and perhaps `val.bin`, checked and fingerprinted in one pass."
-    if tokenizer is None: raise ValueError(f'{where} holds token ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
+    if tokenizer is None: raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
     root,h,out = Path(where).expanduser(),hashlib.sha256(),{}
     dtype = np.dtype(config.bin_dtype).newbyteorder('<')
     for name in ('train', 'val'):
         if not (root/f'{name}.bin').exists(): continue
         if (size := (root/f'{name}.bin').stat().st_size)%dtype.itemsize or not size:
-            raise ValueError(f'{root/name}.bin has {size} bytes, which are no whole {config.bin_dtype} ids; see bin_dtype')
+            raise ValueError(f'{root/name}.bin has {size} bytes, no whole {config.bin_dtype} ids; see bin_dtype')
         out[name] = ids = np.memmap(root/f'{name}.bin', dtype, 'r')
         h.update(name.encode())
         for i in range(0, len(ids), PIECE):
             block = ids[i:i+PIECE]
             h.update(block.tobytes())
             if block.max()>=config.vocab_size:
-                raise ValueError(f'{root/name}.bin holds id {block.max()}, beyond vocab_size={config.vocab_size}; set vocab_size, or bin_dtype if ids look wrong')
+                raise ValueError(f'{root/name}.bin holds id {block.max()}, beyond vocab_size={config.vocab_size}; '
+                                 'set vocab_size, or bin_dtype if ids look wrong')
     contents = h.hexdigest()[:32]
     _same_contents(contents, where, saved, allow_new_data)
     n = len(out['train'])

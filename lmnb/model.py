@@ -24,7 +24,8 @@ class RMSNorm(nn.Module):
     def __init__(self, n:int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n))
-    def forward(self, x): return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6) # in float32 also under autocast
+    def forward(self, x): # in float32 also under autocast
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6)
 
 def rotary_table(
     n:int,        # positions
@@ -74,7 +75,8 @@ class MLP(nn.Module):
     "SwiGLU (arxiv.org/abs/2002.05202): a gate times a value, then down."
     def __init__(self, c:ExperimentConfig):
         super().__init__()
-        self.gate,self.up,self.down = (nn.Linear(*s, bias=False) for s in ((c.n_embd, c.n_ff), (c.n_embd, c.n_ff), (c.n_ff, c.n_embd)))
+        self.gate,self.up = (nn.Linear(c.n_embd, c.n_ff, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.n_ff, c.n_embd, bias=False)
     def forward(self, x): return self.down(F.silu(self.gate(x))*self.up(x))
 
 class Block(nn.Module):
@@ -150,6 +152,7 @@ def pick(
     scaled = (logits.double().cpu()-logits.max().item())/temperature # the likeliest is 0: no temperature overflows
     return torch.multinomial(scaled.softmax(-1), 1, generator=rng).to(logits.device)
 
+# %% ../nbs/02_model.ipynb #ea8fccfb
 @torch.no_grad()
 def generate(
     model:GPT,

@@ -67,14 +67,16 @@ def plan_from(
 )->Plan:
     "Rebuild a plan; a `ValueError` names what cannot be one."
     segments = state.get('segments') if isinstance(state, dict) and set(state)=={'segments'} else None
-    if not isinstance(segments, list) or not segments: raise ValueError('scheduler_state_dict must be {"segments": [...]}')
+    if not isinstance(segments, list) or not segments:
+        raise ValueError('scheduler_state_dict must be {"segments": [...]}')
     before = -1
     for s in segments:
         kind = s.get('kind') if isinstance(s, dict) else None
         if kind not in _KEYS or set(s)!=_KEYS[kind]|{'kind', 'from_step', 'max_steps'}:
             raise ValueError(f'scheduler_state_dict has a segment that is none of {", ".join(_KEYS)}: {s!r:.200}')
         whole = all(type(s[k]) is int for k in ('from_step', 'max_steps')) and type(s.get('climb_steps', 1)) is int
-        if not whole or not before<s['from_step']<s['max_steps'] or s.get('climb_steps', 1)<1 or not math.isfinite(s.get('lr', 0)):
+        ordered = whole and before<s['from_step']<s['max_steps'] and s.get('climb_steps', 1)>=1
+        if not ordered or not math.isfinite(s.get('lr', 0)):
             raise ValueError(f'scheduler_state_dict has an impossible segment: {s!r:.200}')
         before = s['from_step']
     if segments[0]['kind']!='straight' or segments[0]['from_step']!=0:
@@ -95,8 +97,9 @@ def before_fall(self:Plan, step:int)->bool:
 
 @patch
 def at_trunk(self:Plan, step:int)->bool:
-    "Whether the rate at `step` is that of a straight run before its cooldown, so that it is a trunk wherever the cooldown begins."
-    return self.config.schedule=='wsd' and self.before_fall(step) and self.lr(step)==straight_lr(self.config, self.begun(step)[-1]['max_steps'], step)
+    "Whether the rate at `step` is a straight run's before its cooldown: a trunk, wherever the cooldown begins."
+    straight = straight_lr(self.config, self.begun(step)[-1]['max_steps'], step)
+    return self.config.schedule=='wsd' and self.before_fall(step) and self.lr(step)==straight
 
 @patch(as_prop=True)
 def trunk_step(self:Plan)->int|None:
@@ -112,10 +115,12 @@ def extended(self:Plan,
 )->'Plan':
     "The plan that goes on from `step` to `max_steps`; a `ValueError` if that is not ahead."
     if max_steps==self.max_steps: return self
-    if max_steps<=step: raise ValueError(f'extend_steps={max_steps} must be above the checkpoint\'s step {step}: it is the new total')
+    if max_steps<=step:
+        raise ValueError(f'extend_steps={max_steps} must be above the checkpoint\'s step {step}: it is the new total')
     done,c,rate = self.begun(step),self.config,self.lr(step)
     last,shorter = done[-1],max_steps<done[-1]['max_steps']
-    if self.before_fall(step) and not (shorter and (c.schedule=='cosine' or rate<straight_lr(c, last['max_steps'], step))):
+    held_back = c.schedule=='cosine' or rate<straight_lr(c, last['max_steps'], step) # cosine, or inside a climb
+    if self.before_fall(step) and not (shorter and held_back):
         if step<=fall_start(c, max_steps): return Plan(c, (*done[:-1], {**last, 'max_steps':max_steps}))
         shorter = True # no time for a whole cooldown: down at once
     add = dict(from_step=step, max_steps=max_steps, lr=rate)

@@ -36,7 +36,7 @@ def resolve_device(name:str)->torch.device:
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     here = [d for d,yes in there.items() if yes]
     if name=='auto': name = here[0]
-    if not there[name]: raise ValueError(f'device={name} is not there; this machine has {", ".join(here)}')
+    if not there.get(name): raise ValueError(f'device={name} is not there; this machine has {", ".join(here)}')
     return torch.device(name)
 
 def resolve_amp(config:ExperimentConfig, device:torch.device)->str:
@@ -511,7 +511,7 @@ def resume(cls:Trainer,
         if new_run or not run.living():
             new = dict(max_steps=extend_steps or None, data=data, tokenizer=tokenizer)
             new = {k:v for k,v in new.items() if v is not None}
-            return cls(override(config or preset(), **changes, **new), run.path, new_run=new_run, **rest)
+            return cls(override(config or preset(), **(changes|new)), run.path, new_run=new_run, **rest)
         run.holds_run() # names the damaged ones if all are
         what,config = 'latest',None
     path = Path(os.path.abspath(run.find(what)))
