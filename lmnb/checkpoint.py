@@ -122,7 +122,8 @@ def check_structure(
     wrong = [n for n in names if not n.startswith(f'{root}/') or '..' in n or '\\' in n]
     if wrong or len(set(names))<len(names):
         raise CheckpointError(f"{path}: refused, torch.save names no members so: {(wrong or names)[0]!r:.80}")
-    plain = all(m.compress_type==zipfile.ZIP_STORED and m.file_size==m.compress_size and not m.flag_bits&1 for m in members)
+    plain = all(m.compress_type==zipfile.ZIP_STORED and m.file_size==m.compress_size and not m.flag_bits&1
+                for m in members)
     if not plain or sum(m.file_size for m in members)>size:
         raise CheckpointError(f'{path}: refused, its members claim other sizes than the file has')
     if (n := z.getinfo(f'{root}/data.pkl').file_size)>_PICKLE_MAX:

@@ -98,7 +98,8 @@ _KINDS = {int:'a whole number', float:'a number', bool:'True or False', str:'tex
 _CHOICES = dict(optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine'), bin_dtype=('uint16', 'uint32'),
                 device=('auto', 'cpu', 'cuda', 'mps'), amp=('auto', 'off', 'bf16', 'fp16'))
 _AT_LEAST = dict(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_kv_head=0, n_embd=2, batch_size=1,
-                 micro_batch_size=0, warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0, eval_interval=1, eval_batches=1,
+                 micro_batch_size=0, warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0,
+                 eval_interval=1, eval_batches=1,
                  log_interval=1, weight_decay=0, grad_clip=0, keep_last=0)
 _SHARES = dict(dropout=(0, .99), val_fraction=(.0001, .9), cooldown_frac=(0, 1), min_lr_frac=(0, 1)) # ends included
 _AT_MOST = dict(block_size=2**20, vocab_size=2**24, batch_size=2**20, n_layer=2**14)
@@ -125,7 +126,7 @@ def _contradictions(c):
     wrong = []
     if c.n_embd%c.n_head: wrong.append(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
     elif c.head_dim%2:
-        wrong.append(f'n_embd={c.n_embd} over n_head={c.n_head} gives heads of {c.head_dim}, which must be an even number')
+        wrong.append(f'n_embd={c.n_embd} over n_head={c.n_head} gives heads of {c.head_dim}; it must be an even number')
     if c.n_head%c.n_kv: wrong.append(f'n_kv_head={c.n_kv_head} must divide n_head={c.n_head}')
     if c.micro_batch_size>c.batch_size:
         wrong.append(f'micro_batch_size={c.micro_batch_size} must be at most batch_size={c.batch_size}')

@@ -42,7 +42,7 @@ def find_files(
     else: return _column_file(source)
     files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts))
     if not files:
-        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob like "texts/**/*.txt", or stdlib')
+        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob like "a/**/*.txt", or stdlib')
     return files,None
 
 def _globbed(path):
@@ -347,8 +347,8 @@ def _same_contents(contents, where, saved, allow_new_data):
     if not saved or allow_new_data or contents==saved['fingerprint']: return
     hint = ' (stdlib differs between Python versions)' if 'stdlib' in (where, saved['source']) else ''
     raise ValueError(f'other data than the checkpoint was trained on{hint}: {where} has fingerprint {contents[:12]}, '
-                     f'the checkpoint {saved["fingerprint"][:12]} from {saved["source"]}; --data says where the same data '
-                     'lies now, --allow-new-data goes on with this')
+                     f'the checkpoint {saved["fingerprint"][:12]} from {saved["source"]}; --data says where the same '
+                     'data lies now, --allow-new-data goes on with this')
 
 def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
     "Fingerprint, tokenizer and ids of a text source."
@@ -369,7 +369,7 @@ def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
     if open_tokens(root/cache_key(contents, tokenizer)) is None:
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
         if (free := shutil.disk_usage(root).free)<size:
-            note(f'{root} has {free/1e9:.1f} GB free, the token file may take {size/1e9:.1f}; LMNB_CACHE names another folder.')
+            note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names another folder.')
     return contents,tokenizer,token_file(root, contents, tokenizer, lambda: documents(files, column))
 
 # %% ../nbs/01_data.ipynb #d4ca00fd
@@ -386,14 +386,15 @@ def _long_enough(config, corpus):
     T,n,m = config.block_size,len(corpus.train),len(corpus.val)
     if n<T+1 or m<T+1:
         need = max(T+1, int((T+1)/config.val_fraction)+1)
-        raise ValueError(f'{corpus.source} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes {T+1} '
-                         f'of each (about {need} in all with val_fraction={config.val_fraction})')
+        raise ValueError(f'{corpus.source} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes '
+                         f'{T+1} of each (about {need} in all with val_fraction={config.val_fraction})')
     return corpus
 
 # %% ../nbs/01_data.ipynb #233aeba7
 def _bin_corpus(config, where, tokenizer, saved, allow_new_data):
     "A folder with `train.bin` and perhaps `val.bin`, checked and fingerprinted in one pass."
-    if tokenizer is None: raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
+    if tokenizer is None:
+        raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
     root,h,out = Path(where).expanduser(),hashlib.sha256(),{}
     dtype = np.dtype(config.bin_dtype).newbyteorder('<')
     for name in ('train', 'val'):
