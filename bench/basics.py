@@ -40,9 +40,9 @@ def first_step(folder):
 
 
 def trainer_rate(name, steps, folder):
-    "Tokens a second of lmnb's own loop, by the clock of its events, the first tenth left out."
+    "Tokens a second of lmnb's own loop, by the clock of its events, the first tenth left out; without a trunk to save."
     subprocess.run([*LMNB, '--quiet', '--config', name, '--max-steps', str(steps), '--save-interval', '10000', '--eval-interval', '10000',
-                    '--checkpoint-dir', folder, '--set', 'log_interval=5'], check=True, stdout=subprocess.DEVNULL)
+                    '--checkpoint-dir', folder, '--set', 'log_interval=5', 'cooldown_frac=0'], check=True, stdout=subprocess.DEVNULL)
     events = [json.loads(l) for l in (Path(folder)/'metrics.jsonl').read_text().splitlines()]
     train = {e['step']: e for e in events if e['kind'] == 'train'}
     a, b = train[max(5, steps//10//5*5)], train[steps]
