@@ -42,7 +42,7 @@ def find_files(
     else: return _column_file(source)
     files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts))
     if not files:
-        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob like "a/**/*.txt", or stdlib')
+        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob ("**/*.txt"), or stdlib')
     return files,None
 
 def _globbed(path):
@@ -254,7 +254,7 @@ def encode(pieces, tok, out, dtype)->tuple:
         codes = iter(tok.encode_batch_fast([p for p in batch if p is not None], add_special_tokens=False))
         for p in batch:
             ids = np.array(([] if eot is None else [eot]) if p is None else next(codes).ids, dtype=np.int64)
-            if max(ids, default=0)>np.iinfo(dtype).max: raise ValueError(f'token id {max(ids)} does not fit {dtype}')
+            if len(ids) and ids.max()>np.iinfo(dtype).max: raise ValueError(f'id {ids.max()} does not fit {dtype}')
             out.write(ids.astype(dtype).tobytes())
             n += len(ids)
         batch.clear()
@@ -369,7 +369,7 @@ def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
     if open_tokens(root/cache_key(contents, tokenizer)) is None:
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
         if (free := shutil.disk_usage(root).free)<size:
-            note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names another folder.')
+            note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names a folder.')
     return contents,tokenizer,token_file(root, contents, tokenizer, lambda: documents(files, column))
 
 # %% ../nbs/01_data.ipynb #d4ca00fd

@@ -72,11 +72,11 @@ def plan_from(
     before = -1
     for s in segments:
         kind = s.get('kind') if isinstance(s, dict) else None
-        if kind not in _KEYS or set(s)!=_KEYS[kind]|{'kind', 'from_step', 'max_steps'}:
+        if not isinstance(kind, str) or kind not in _KEYS or set(s)!=_KEYS[kind]|{'kind', 'from_step', 'max_steps'}:
             raise ValueError(f'scheduler_state_dict has a segment that is none of {", ".join(_KEYS)}: {s!r:.200}')
         whole = all(type(s[k]) is int for k in ('from_step', 'max_steps')) and type(s.get('climb_steps', 1)) is int
         ordered = whole and before<s['from_step']<s['max_steps'] and s.get('climb_steps', 1)>=1
-        if not ordered or not math.isfinite(s.get('lr', 0)):
+        if not ordered or type(s.get('lr', 0.)) is not float or not 0<=s.get('lr', 0.)<math.inf:
             raise ValueError(f'scheduler_state_dict has an impossible segment: {s!r:.200}')
         before = s['from_step']
     if segments[0]['kind']!='straight' or segments[0]['from_step']!=0:

@@ -175,3 +175,13 @@ def test_random_extensions_never_jump(schedule):
             assert longer.lr(step+1)-longer.lr(step) <= up
             assert all(0 < longer.lr(k) <= 1 for k in range(1, total+1))
             plan = longer
+
+
+@pytest.mark.parametrize('bad', [dict(kind=[]), dict(lr='x'), dict(lr=10**400), dict(lr=True), dict(lr=-3.), dict(lr=math.nan), dict(climb_steps=0)])
+def test_a_plan_from_a_stranger_is_checked(bad):
+    from lmnb.schedule import plan_from
+    c = ExperimentConfig()
+    good = Plan.straight(c).extended(2000, 4000).state_dict()
+    assert plan_from(c, good).max_steps == 4000
+    good['segments'][-1] |= bad
+    with pytest.raises(ValueError, match='scheduler_state_dict has a'): plan_from(c, good)
