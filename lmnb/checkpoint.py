@@ -11,10 +11,8 @@ import errno, json, os, queue, re, shutil, threading, time, zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fastcore.basics import patch
-
-from .config import ExperimentConfig, config_from, preset
-from .history import _strict, say
+from .config import ExperimentConfig, config_from
+from .history import _strict, is_lineage, say
 
 # %% ../nbs/08_checkpoint.ipynb #25206512
 FORMAT = 1
@@ -222,16 +220,10 @@ def _check_more(path, state):
     if data := state.get('data_state'):
         for k in ('source', 'fingerprint', 'tokenizer'):
             if not _has(data, **{k:[str]}): raise CheckpointError(f'{path}: data_state has no {k}')
-    if not _is_lineage(state.setdefault('lineage', []), state['global_step']):
+    if not is_lineage(state.setdefault('lineage', []), state['global_step']):
         raise CheckpointError(f'{path}: its lineage cannot be')
 
 # %% ../nbs/08_checkpoint.ipynb #a2484e08
-def _is_lineage(x, step):
-    "Segments with an id each, that begin one after the other and not after `step`."
-    if not isinstance(x, list) or not all(_has(s, id=[str], from_step=[int]) for s in x): return False
-    starts = [0, *(s['from_step'] for s in x), step]
-    return starts==sorted(starts)
-
 def _without_prefixes(x):
     "Names without what torch.compile and DataParallel put before them."
     if isinstance(x, dict): return {_without_prefixes(k):_without_prefixes(v) for k,v in x.items()}
@@ -272,7 +264,7 @@ def _described(path):
         config,_ = config_from(j['config'])
         losses = {k:None if j[k] is None else float(j[k]) for k in ('val_loss', 'best_val_loss')}
         step,lineage,software = int(j['global_step']),j['lineage'] or [],j['software'] or {}
-        if not (_is_lineage(lineage, step) and _has(j, names=[list]) and isinstance(software, dict)): raise TypeError
+        if not (is_lineage(lineage, step) and _has(j, names=[list]) and isinstance(software, dict)): raise TypeError
         return out|losses|dict(step=step, epoch=int(j['epoch']), lineage=lineage, max_steps=config.max_steps,
                                wanted=j['names'], config=asdict(config), software=software)
     except CheckpointError as e: return out|dict(error=str(e))

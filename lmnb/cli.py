@@ -60,11 +60,11 @@ def train_parser(prog='lmnb-train')->Parser:
     return p
 
 # %% ../nbs/15_cli.ipynb #3a46e259
-def run(f, args, stop=None)->int:
+def run(f, args)->int:
     "Call `f(args)`; its exit code, or that of the error it ended in."
-    from lmnb.rundir import Stopped
+    from lmnb.rundir import CODES, Stopped
     try: return f(args) or 0
-    except Stopped as e: say(f'Stopped ({e}) before the first step; nothing was written.'); return stop.exit_code
+    except Stopped as e: say(f'Stopped ({e}) before the first step; nothing was written.'); return CODES[str(e)]
     except KeyboardInterrupt: say_error('Left at once.'); os._exit(130) # asked twice: no waiting for a save
     except Exception as e:
         if getattr(args, 'debug', False): raise
@@ -107,7 +107,7 @@ def train(argv=None, prog='lmnb-train'):
     args = train_parser(prog).parse_args(argv, argparse.Namespace(prog=prog))
     from lmnb.rundir import Stop
     stop = Stop(args.max_minutes)
-    with stop.listening(): raise SystemExit(run(lambda a: _train(a, stop), args, stop))
+    with stop.listening(): raise SystemExit(run(lambda a: _train(a, stop), args))
 
 # %% ../nbs/15_cli.ipynb #96a250f3
 def sample(argv=None, prog='lmnb-sample'):

@@ -9,7 +9,6 @@ __all__ = ['PRESETS', 'RUN_TIME', 'ExperimentConfig', 'preset', 'override', 'par
 # %% ../nbs/00_config.ipynb #f8fc2b76
 import difflib, math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import get_type_hints
 
 from fastcore.basics import patch
 
@@ -56,7 +55,7 @@ class ExperimentConfig:
     compile:bool = False        # run the model through torch.compile
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name)))
+        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
         if wrong := _complaints(self): raise ValueError('; '.join(wrong))
 
 # %% ../nbs/00_config.ipynb #57c9c5ef
@@ -77,9 +76,8 @@ def n_params(self:ExperimentConfig)->int:
     return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
 
 # %% ../nbs/00_config.ipynb #3f2db332
-def _typed(name, value):
+def _typed(name, kind, value):
     "`value` as the field's type; a `ValueError` names field and value."
-    kind = get_type_hints(ExperimentConfig)[name]
     if kind is float and type(value) is int: value = float(value)
     if kind is tuple and isinstance(value, (list, tuple)):
         if len(value)!=2 or not all(type(b) in (int, float) for b in value):
@@ -99,8 +97,7 @@ _CHOICES = dict(optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine'), bin_dty
                 device=('auto', 'cpu', 'cuda', 'mps'), amp=('auto', 'off', 'bf16', 'fp16'))
 _AT_LEAST = dict(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_kv_head=0, n_embd=2, batch_size=1,
                  micro_batch_size=0, warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0,
-                 eval_interval=1, eval_batches=1,
-                 log_interval=1, weight_decay=0, grad_clip=0, keep_last=0)
+                 eval_interval=1, eval_batches=1, log_interval=1, weight_decay=0, grad_clip=0, keep_last=0)
 _SHARES = dict(dropout=(0, .99), val_fraction=(.0001, .9), cooldown_frac=(0, 1), min_lr_frac=(0, 1)) # ends included
 _AT_MOST = dict(block_size=2**20, vocab_size=2**24, batch_size=2**20, n_layer=2**14)
 _LIMIT = 10**12 # of every other whole number: a file from a stranger must not ask for all memory
@@ -169,22 +166,21 @@ def parse_setting(
     text:str, # its value as typed
 ): # the value in the field's type
     "Read one value by its field's type; a `ValueError` says which field, what came and what was allowed."
-    kinds = get_type_hints(ExperimentConfig)
+    kinds = {f.name:f.type for f in fields(ExperimentConfig)}
     if name not in kinds: raise ValueError(_unknown('setting', name, kinds))
-    kind = kinds[name]
-    if kind is str: return text
-    if kind is bool:
-        if text.lower() in _BOOLS: return _BOOLS[text.lower()]
-        raise ValueError(f'{name}={text} must be True or False')
-    try:
-        if kind is tuple: return tuple(float(t) for t in text.strip('()[] ').split(','))
-        number = float(text)
-        if kind is float: return number
-        if number==int(number): return int(text) if text.lstrip('+-').isdigit() else int(number)
-    except (ValueError, OverflowError): pass # said below, in our words
-    raise ValueError(f'{name}={text} must be {_KINDS[kind]}')
+    try: return _READ[kinds[name]](text)
+    except (ValueError, OverflowError, KeyError):
+        raise ValueError(f'{name}={text} must be {_KINDS[kinds[name]]}') from None
+
+def _whole(text):
+    "`12`, `1e3`; not `1.5`."
+    if text.lstrip('+-').isdigit(): return int(text)
+    if (number := float(text))!=int(number): raise ValueError
+    return int(number)
 
 _BOOLS = {'true':True, '1':True, 'yes':True, 'false':False, '0':False, 'no':False}
+_READ = {int:_whole, float:float, bool:lambda t: _BOOLS[t.lower()], str:str,
+         tuple:lambda t: tuple(map(float, t.strip('()[] ').split(',')))}
 
 def parse_settings(
     pairs:list, # of `key=value` texts; the last one of a key wins

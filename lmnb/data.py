@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from .config import ExperimentConfig, preset
+from .config import ExperimentConfig
 
 # %% ../nbs/01_data.ipynb #03c8a759
 _SKIP = ('site-packages', 'dist-packages', 'idlelib', 'lib2to3', '__pycache__') # and all that begins with "test"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIMIT', 'to_line', 'read_events', 'Events', 'keep_record', 'History', 'last_step_of', 'follow',
-           'load_history', 'lacking', 'say', 'duration', 'Console']
+           'is_lineage', 'load_history', 'lacking', 'say', 'duration', 'Console']
 
 # %% ../nbs/05_history.ipynb #4cbafe34
 import json, math, os, queue, sys, threading, time
@@ -195,7 +195,8 @@ def follow(
 )->History:
     "Sort events into those of one lineage and those left behind."
     def pair(found): return tuple(_columns(found[k], names) for k,names in _COLUMNS.items())
-    begin = next((e for e in events[::-1] if e['kind'] in ('start', 'resume') and _is_lineage(e.get('lineage'))), {})
+    begins = (e for e in events[::-1] if e['kind'] in ('start', 'resume') and e.get('lineage'))
+    begin = next((e for e in begins if is_lineage(e['lineage'])), {})
     if lineage is None: lineage = begin.get('lineage', [])
     ends,counts,left = last_step_of(lineage),dict(train=[], val=[]),{}
     for e in (e for e in events if e['kind'] in counts):
@@ -204,9 +205,12 @@ def follow(
     return History(*pair(counts), [s['from_step'] for s in lineage[1:]], [pair(l) for l in left.values()],
                    lineage, begin.get('max_steps'), skipped)
 
-def _is_lineage(x):
-    def good(s): return isinstance(s, dict) and isinstance(s.get('id'), str) and isinstance(s.get('from_step'), int)
-    return isinstance(x, list) and x and all(map(good, x))
+def is_lineage(x, step=math.inf)->bool:
+    "Whether `x` is a list of segments with an id each, that begin one after the other and not after `step`."
+    def good(s): return isinstance(s, dict) and type(s.get('id')) is str and type(s.get('from_step')) is int
+    if not isinstance(x, list) or not all(map(good, x)): return False
+    starts = [0, *(s['from_step'] for s in x), step]
+    return starts==sorted(starts)
 
 # %% ../nbs/05_history.ipynb #a9b7f1df
 def load_history(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ExperimentConfig, preset
+from .config import ExperimentConfig
 
 # %% ../nbs/02_model.ipynb #f2f08cb3
 torch.serialization.add_safe_globals([ExperimentConfig])

@@ -12,7 +12,7 @@ import inspect, math
 import torch
 from torch import Tensor, nn
 
-from .config import ExperimentConfig, preset
+from .config import ExperimentConfig
 
 # %% ../nbs/04_optim.ipynb #e095c07b
 _QUINTIC = (3.4445, -4.7750, 2.0315) # kellerjordan.github.io/posts/muon: steep at 0, where small singular values lie

@@ -143,6 +143,7 @@ class CellDisplay:
         self.run_dir,self.plan,self.lineage = Path(run_dir),plan,lineage
         self.bar = self.handle = None
         self.cost = self.drawn = 0.
+        self.events,self.at = [],0 # read so far, and up to which byte
 
     def __call__(self, e):
         if e['kind'] in ('start', 'resume'): self._open(e)
@@ -172,5 +173,6 @@ class CellDisplay:
 
     def _picture(self):
         from IPython.display import Image
-        events,_,skipped = read_events(self.run_dir/'metrics.jsonl')
-        return Image(png(draw_run(follow(events, skipped, self.lineage), self.plan)))
+        new,self.at,_ = read_events(self.run_dir/'metrics.jsonl', self.at)
+        self.events += new
+        return Image(png(draw_run(follow(self.events, lineage=self.lineage), self.plan)))

@@ -9,7 +9,7 @@ __all__ = ['WORDS', 'AUTO', 'BEGAN', 'CODES', 'step_name', 'is_ours', 'RunExists
 # %% ../nbs/09_rundir.ipynb #eea9703f
 import json, math, os, re, signal, socket, threading, time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace as derive
+from dataclasses import replace as derive
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -272,9 +272,6 @@ class Stop:
         self.deadline = None if max_minutes is None else time.monotonic()+60*max_minutes
 
     def clear(self): self.reason = self.deadline = None
-
-    @property
-    def exit_code(self)->int: return CODES.get(self.reason, 0)
 
     def _signal(self, number, frame):
         name = signal.Signals(number).name

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
-from .config import ExperimentConfig, preset
+from .config import ExperimentConfig
 
 # %% ../nbs/03_schedule.ipynb #e683c270
 def fall_start(c:ExperimentConfig, max_steps:int)->int:

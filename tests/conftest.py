@@ -66,15 +66,19 @@ def events(run, kind):
     return [e for e in map(json.loads, lines) if e['kind'] == kind]
 
 
-def unlike(a, b, skip=('lineage', 'software', 'data_state')):
-    "The keys in which two checkpoints differ in any bit; those of where and when aside."
+def differences(a, b, skip=('software', 'lineage'), place=''):
+    "Where two checkpoints differ, bit by bit; versions and segment ids aside."
     import torch
-    def same(x, y):
-        if isinstance(x, torch.Tensor): return x.dtype == y.dtype and torch.equal(x, y)
-        if isinstance(x, dict): return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, (list, tuple)): return len(x) == len(y) and all(map(same, x, y))
-        return x == y
-    return [k for k in a.keys() | b.keys() if k not in skip and not same(a.get(k), b.get(k))]
+    if isinstance(a, torch.Tensor):
+        raw = [t.view(torch.uint8) if t.ndim else t for t in (a, b)]
+        return [] if a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw) else [place]
+    if isinstance(a, dict):
+        names = [f'{place}: {a.keys() ^ b.keys()}'] if a.keys() != b.keys() else []
+        return names+[d for k in a if k in b and k not in skip for d in differences(a[k], b[k], skip, f'{place}/{k}')]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b): return [f'{place}: {len(a)} against {len(b)}']
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, skip, f'{place}/{i}')]
+    return [] if a == b else [f'{place}: {a!r} against {b!r}']
 
 
 def write_text(path, seed=0):

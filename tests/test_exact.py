@@ -1,10 +1,7 @@
 "A run resumed in a new process is the unbroken run, in every tensor and number that a checkpoint holds."
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from conftest import differences, train
 
 from lmnb import load_checkpoint
 
@@ -12,33 +9,11 @@ TINY = ['vocab_size=300', 'block_size=32', 'n_layer=2', 'n_head=2', 'n_embd=32',
         'eval_interval=10', 'save_interval=30', 'cooldown_frac=0.25', 'batch_size=3', 'micro_batch_size=2']
 
 
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp('text')/'sums.txt'
-    path.write_text('\n'.join(f'{a} and {b} make {a+b}.' for a in range(70) for b in range(70)))
-    return path
-
-
-def train(text, *args):
+def run(text, *args):
     "One run of the command in a process of its own."
-    env = dict(os.environ, OMP_NUM_THREADS='1', LMNB_CACHE=str(text.parent/'cache'))
-    out = subprocess.run([sys.executable, '-m', 'lmnb.cli', 'train', '--quiet', *map(str, args)], capture_output=True, text=True, env=env)
-    assert out.returncode == 0, out.stderr
-    return out.stdout
-
-
-def differences(a, b, place='', skip=('software', 'lineage')):
-    "Where two checkpoints differ, bit by bit; times, versions and segment ids aside."
-    if isinstance(a, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8) if a.ndim else a, b.view(torch.uint8) if b.ndim else b)
-        return [] if same else [place]
-    if isinstance(a, dict):
-        if a.keys() != b.keys(): return [f'{place}: {a.keys() ^ b.keys()}']
-        return [d for k in a if k not in skip for d in differences(a[k], b[k], f'{place}/{k}')]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b): return [f'{place}: {len(a)} against {len(b)}']
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f'{place}/{i}')]
-    return [] if a == b else [f'{place}: {a!r} against {b!r}']
+    done = train('--quiet', *args, cwd=text.parent)
+    assert done.code == 0, done.err
+    return done.out
 
 
 def same(a, b): assert differences(load_checkpoint(a), load_checkpoint(b)) == []
@@ -47,17 +22,17 @@ def same(a, b): assert differences(load_checkpoint(a), load_checkpoint(b)) == []
 @pytest.mark.parametrize('amp', ['off', 'bf16', 'fp16'])
 def test_resumed_in_a_new_process(text, tmp_path, amp):
     start = ['--config', 'small', '--data', text, '--max-steps', 60, '--set', *TINY, f'amp={amp}']
-    train(text, *start, '--checkpoint-dir', tmp_path/'straight')
-    said = train(text, '--resume', tmp_path/'straight'/'checkpoint_step_30.pt', '--checkpoint-dir', tmp_path/'branch')
+    run(text, *start, '--checkpoint-dir', tmp_path/'straight')
+    said = run(text, '--resume', tmp_path/'straight'/'checkpoint_step_30.pt', '--checkpoint-dir', tmp_path/'branch')
     assert 'exact' in said and 'not exact' not in said
     for name in ('final_model.pt', 'trunk_model.pt', 'checkpoint_step_60.pt'): same(tmp_path/'straight'/name, tmp_path/'branch'/name)
 
 
 def test_trunk_extended_is_the_straight_run(text, tmp_path):
     start = ['--config', 'small', '--data', text, '--set', *TINY]
-    train(text, *start, '--max-steps', 60, '--checkpoint-dir', tmp_path/'short')
-    train(text, '--resume', 'trunk', '--extend-steps', 90, '--checkpoint-dir', tmp_path/'short')
-    train(text, *start, '--max-steps', 90, '--checkpoint-dir', tmp_path/'long')
+    run(text, *start, '--max-steps', 60, '--checkpoint-dir', tmp_path/'short')
+    run(text, '--resume', 'trunk', '--extend-steps', 90, '--checkpoint-dir', tmp_path/'short')
+    run(text, *start, '--max-steps', 90, '--checkpoint-dir', tmp_path/'long')
     same(tmp_path/'short'/'final_model.pt', tmp_path/'long'/'final_model.pt')
 
 

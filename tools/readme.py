@@ -3,14 +3,13 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
-from nbconvert import MarkdownExporter
-
 root = Path(__file__).parent.parent
 
 
 def readme() -> str:
     "The index as Markdown, without outputs, its links as seen from the top folder."
+    import nbformat  # not needed to print a command, which CI does before anything is installed
+    from nbconvert import MarkdownExporter
     nb = nbformat.read(root/'nbs/index.ipynb', 4)
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = []
