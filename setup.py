@@ -12,6 +12,7 @@ setup(
     version=cfg['version'],
     description=cfg['description'],
     packages=find_packages(include=['lmnb', 'lmnb.*']),
+    package_data={'lmnb': ['*.css']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'notebook': cfg['notebook_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},

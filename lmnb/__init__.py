@@ -8,8 +8,10 @@ _NAMES = {
     'history': ('load_history',),
     'plots': ('plot_runs',),
     'checkpoint': ('load_checkpoint',),
-    'rundir': ('list_checkpoints', 'find_runs'),
+    'rundir': ('list_checkpoints',),
     'trainer': ('Trainer', 'sample'),
+    'background': ('launch', 'find_runs', 'attach', 'stop'),
+    'panel': ('ResumePanel',),
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_WHERE)

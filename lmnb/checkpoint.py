@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'NINE', 'MORE', 'MEMBER', 'CheckpointError', 'summary', 'wr
            'check_structure', 'check_contents', 'load_checkpoint', 'Checkpoint', 'describe', 'snapshot', 'Writer']
 
 # %% ../nbs/08_checkpoint.ipynb #288caa7a
-import errno, json, os, queue, re, shutil, threading, time, zipfile
+import errno, json, os, queue, re, shutil, struct, threading, time, zipfile, zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def summary(
     names:list,   # of the files it is to be written as
 )->dict: # plain types only
     "What a list of checkpoints wants to know."
-    keys = ('format_version', 'global_step', 'epoch', 'val_loss', 'best_val_loss', 'lineage', 'software')
+    keys = ('format_version', 'global_step', 'epoch', 'val_loss', 'best_val_loss', 'lineage', 'software',
+            'scheduler_state_dict')
     return dict({k:state.get(k) for k in keys}, config=asdict(state['config']), names=list(names))
 
 # %% ../nbs/08_checkpoint.ipynb #0fa9fd29
@@ -245,6 +246,7 @@ class Checkpoint:
     lineage:list = field(default_factory=list)
     wanted:list = field(default_factory=list)    # names that it was written to carry
     config:dict = field(default_factory=dict)
+    plan:dict = field(default_factory=dict)      # the learning-rate plan's `state_dict`
     software:dict = field(default_factory=dict)
     error:str = None
     checked:bool = False
@@ -252,23 +254,47 @@ class Checkpoint:
 
     def same_file(self, other)->bool: return os.path.samefile(self.path, other.path)
 
+# %% ../nbs/08_checkpoint.ipynb #8f0f24f9
+_END = 2**17 # bytes of a file's end that hold its description and the zip's directory
+
+def _at_the_end(f):
+    "The JSON member where we write it, last of all; None if it is not there. (APPNOTE.TXT 4.3 has the fields.)"
+    size = f.seek(0, 2)
+    f.seek(max(0, size-_END))
+    tail = f.read()
+    at = tail.rfind(b'PK\1\2')
+    if at<0 or tail[-22:-18]!=b'PK\5\6': return None
+    crc,n,_,n_name = struct.unpack('<LLLH', tail[at+16:at+30])
+    start = struct.unpack('<L', tail[at+42:at+46])[0]-(size-len(tail))
+    if tail[at+46:at+46+n_name]!=MEMBER.encode() or start<0: return None
+    data = tail[start+30+sum(struct.unpack('<HH', tail[start+26:start+30])):][:n]
+    return data if zlib.crc32(data)==crc else None
+
+def _in_the_zip(f, path):
+    "The JSON member by way of the zip's directory, every entry of which is checked; None if there is none."
+    with check_structure(f, path) as z:
+        if MEMBER not in z.namelist(): return None
+        if z.getinfo(MEMBER).file_size>_PICKLE_MAX//4: raise ValueError('its description is too large')
+        return z.read(MEMBER)
+
 # %% ../nbs/08_checkpoint.ipynb #22c977c4
 def _described(path):
     "Fields of `Checkpoint`, out of the JSON member, or empty with the reason."
     out = dict(error=None, checked=False)
     try:
-        with open(path, 'rb') as f, check_structure(f, path) as z:
-            if MEMBER not in z.namelist(): return out # torch's own save, or another tool's: read when it is chosen
-            if z.getinfo(MEMBER).file_size>_PICKLE_MAX//4: raise ValueError('its description is too large')
-            j = json.loads(z.read(MEMBER))
+        with open(path, 'rb') as f:
+            text = _at_the_end(f) or _in_the_zip(f, path)
+        if not text: return out # torch's own save, or another tool's: read when it is chosen
+        j = json.loads(text)
         config,_ = config_from(j['config'])
         losses = {k:None if j[k] is None else float(j[k]) for k in ('val_loss', 'best_val_loss')}
         step,lineage,software = int(j['global_step']),j['lineage'] or [],j['software'] or {}
         if not (is_lineage(lineage, step) and _has(j, names=[list]) and isinstance(software, dict)): raise TypeError
         return out|losses|dict(step=step, epoch=int(j['epoch']), lineage=lineage, max_steps=config.max_steps,
-                               wanted=j['names'], config=asdict(config), software=software)
+                               wanted=j['names'], config=dict(vars(config)), software=software,
+                               plan=j.get('scheduler_state_dict') or {})
     except CheckpointError as e: return out|dict(error=str(e))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, zipfile.BadZipFile, EOFError) as e:
+    except (*_ZIP_ERRORS, KeyError, TypeError, RecursionError, struct.error) as e:
         return out|dict(error=f'{path} is damaged: its description cannot be read ({type(e).__name__})')
 
 # %% ../nbs/08_checkpoint.ipynb #f5ebcbb3

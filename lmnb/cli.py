@@ -9,7 +9,7 @@ __all__ = ['Parser', 'say_error', 'train_parser', 'run', 'train', 'sample', 'run
 import argparse, difflib, os, sys
 
 from .config import PRESETS, ExperimentConfig, parse_setting, parse_settings, preset
-from .history import say
+from .history import plain, say
 
 # %% ../nbs/15_cli.ipynb #96da248c
 class Parser(argparse.ArgumentParser):
@@ -70,15 +70,10 @@ def run(f, args)->int:
         if getattr(args, 'debug', False): raise
         known = isinstance(e, (ValueError, OSError, RuntimeError, ImportError))
         where = '' if known else f' ({type(e).__name__}; --debug shows where)'
-        say_error(f'{args.prog}: {" ".join(_plain(e).split())}{where}')
+        say_error(f'{args.prog}: {plain(e)}{where}')
         return 1 if type(e).__name__=='TrainingFailed' else 2
 
-def _plain(e):
-    "An error's message; of the system's errors the reason and the path."
-    if isinstance(e, MemoryError) or 'alloc' in str(e) and 'memory' in str(e):
-        return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:]})'
-    if isinstance(e, OSError) and e.strerror: return e.strerror + (f': {e.filename}' if e.filename else '')
-    return str(e) or type(e).__name__
+
 
 # %% ../nbs/15_cli.ipynb #afeb0830
 def _train(a, stop)->int:
@@ -139,10 +134,12 @@ def runs(argv=None, prog='lmnb-runs'):
     "Entry point of `lmnb-runs`."
     p = Parser(prog=prog, allow_abbrev=False, description='The runs below a folder and their checkpoints.')
     p.add_argument('root', nargs='?', default='.', metavar='ROOT', help='folder to search (default: here)')
+    p.add_argument('--stop', metavar='DIR', help='ask the run in DIR to finish its step, save and end')
     raise SystemExit(run(_runs, p.parse_args(argv, argparse.Namespace(prog=prog))))
 
 def _runs(a):
-    from lmnb.rundir import runs_table
+    from lmnb.background import runs_table, stop
+    if a.stop: return say(stop(os.path.expanduser(a.stop)))
     if not os.path.isdir(os.path.expanduser(a.root)): raise FileNotFoundError(f'no folder {a.root}')
     say(runs_table(a.root))
 

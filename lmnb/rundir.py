@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'AUTO', 'BEGAN', 'CODES', 'step_name', 'is_ours', 'RunExists', 'RunBusy', 'NotFound', 'RunDir',
-           'list_checkpoints', 'is_ancestor', 'started_at', 'Heartbeat', 'Stopped', 'Stop', 'find_runs', 'runs_table']
+           'list_checkpoints', 'is_ancestor', 'started_at', 'Heartbeat', 'Stopped', 'Stop']
 
 # %% ../nbs/09_rundir.ipynb #eea9703f
-import json, math, os, re, signal, socket, threading, time
+import json, math, os, re, shutil, signal, socket, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import replace as derive
 from pathlib import Path
 
+import psutil
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from .checkpoint import Checkpoint, describe, link, load_checkpoint, replace, sync_folder
-from .history import duration, say
+from .history import say
 
 # %% ../nbs/09_rundir.ipynb #1d3a0f80
 WORDS = dict(best='best_model.pt', trunk='trunk_model.pt', final='final_model.pt')
@@ -37,6 +38,7 @@ class RunDir:
     def __init__(self, path): self.path = Path(path).expanduser()
     def __truediv__(self, name): return self.path/name
     def __str__(self): return str(self.path)
+    def __fspath__(self): return str(self.path)
 
     def living(self, check=False)->list:
         "All checkpoints here, the latest first; at equal steps final, periodic, trunk, best, auto."
@@ -145,14 +147,23 @@ def set_aside(self:RunDir, paths)->Path|None:
     return folder
 
 @patch
+def beside(self:RunDir, to:Checkpoint)->list:
+    "The living checkpoints that a resume of `to` would set aside: neither `to` nor an ancestor of it."
+    return [c for c in self.living() if not c.same_file(to) and not is_ancestor(c, to)]
+
+@patch
 def go_back(self:RunDir, to:Checkpoint)->Path|None:
     "Set aside every living checkpoint that is neither `to` nor an ancestor of it."
-    return self.set_aside(c.path for c in self.living() if not c.same_file(to) and not is_ancestor(c, to))
+    return self.set_aside(c.path for c in self.beside(to))
 
 @patch
 def new_run(self:RunDir)->Path|None:
     "Set aside the run that is here: the files that bear our names, and nothing else."
-    return self.set_aside([c.path for c in self.living()]+[self/n for n in ('metrics.jsonl', 'run.json', 'train.log')])
+    folder = self.set_aside([c.path for c in self.living()]+[self/n for n in ('metrics.jsonl', 'run.json')])
+    if folder and (log := self/'train.log').exists(): # a background run writes into it: renamed, it would take the new run's
+        shutil.copy2(log, folder)
+        os.truncate(log, 0)
+    return folder
 
 # %% ../nbs/09_rundir.ipynb #fce90150
 @patch
@@ -238,23 +249,32 @@ def write_status(self:RunDir, **fields):
 
 # %% ../nbs/09_rundir.ipynb #b8dcfcd2
 def started_at(pid:int)->float|None:
-    "When a process began, in clock ticks since boot; None where the system does not tell or it is gone."
-    try: return float(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19])
-    except (OSError, ValueError, IndexError): return None
+    "When a process began, in seconds since 1970; None if it is gone."
+    try: p = psutil.Process(pid); return None if p.status()==psutil.STATUS_ZOMBIE else p.create_time()
+    except (psutil.Error, ValueError, TypeError, OverflowError): return None
 
 class Heartbeat:
-    "Keeps `run.json` fresh every `every_s` seconds, in a thread, until stopped."
-    def __init__(self, run:RunDir, every_s=10., **fields):
-        self.run,self.every_s,self.done = run,every_s,threading.Event()
+    "Keeps `run.json` fresh every `every_s` seconds and once it is to stop, in a thread, until stopped."
+    def __init__(self,
+        run:RunDir,
+        stop=None,   # the `Stop` that the run heeds
+        every_s=10., # seconds between beats
+        **fields,
+    ):
+        self.run,self.wish,self.every_s,self.done = run,stop,every_s,threading.Event()
         self.fields = dict(fields, pid=os.getpid(), pid_start=started_at(os.getpid()), host=socket.gethostname())
         self.write()
         self.thread = threading.Thread(target=self._loop, daemon=True)
         self.thread.start()
     def write(self, **more):
         self.fields.update(more)
-        self.run.write_status(**self.fields, heartbeat=time.time())
+        self.last = time.time()
+        self.run.write_status(**self.fields, heartbeat=self.last)
     def _loop(self):
-        while not self.done.wait(self.every_s): self.write()
+        while not self.done.wait(.5):
+            stopping = self.wish and self.wish.reason and self.fields['state']!='stopping'
+            if stopping: self.write(state='stopping')
+            elif time.time()-self.last>=self.every_s: self.write()
     def stop(self, **more):
         self.done.set(); self.thread.join()
         self.write(**more)
@@ -311,31 +331,3 @@ def interruptible(self:Stop):
         if self.reason in CODES: raise Stopped(self.reason)
         yield
     finally: self.at_once = before
-
-# %% ../nbs/09_rundir.ipynb #5a277e6b
-def find_runs(
-    root='.',  # folder to search, itself included
-)->list: # of `RunDir`, those with the latest sign of life first
-    "All runs below `root`; not in `superseded/` or hidden folders."
-    found = []
-    for folder,dirs,files in os.walk(Path(root).expanduser()):
-        dirs[:] = sorted(x for x in dirs if x!='superseded' and not x.startswith('.'))
-        ours = [f for f in files if is_ours(f) or f in ('metrics.jsonl', 'run.json')]
-        if any(is_ours(f) for f in ours) or len(ours)==2: # checkpoints, or a run's two files
-            found.append((max(os.stat(os.path.join(folder, f)).st_mtime for f in ours), folder))
-    return [RunDir(f) for _,f in sorted(found, reverse=True)]
-
-# %% ../nbs/09_rundir.ipynb #c7232a0a
-def runs_table(root='.')->str:
-    "Runs and their checkpoints as lines of text."
-    lines = []
-    for run in find_runs(root):
-        living = list_checkpoints(run.path)
-        at = f' at {living[0].step} of {living[0].max_steps}' if living else ', no checkpoints'
-        lines.append(f'{run}: {run.status().get("state", "no run.json")}{at}')
-        for c in living:
-            step,age = '?' if c.step is None else f'{c.step:,}',duration(max(0, time.time()-c.mtime))
-            val = '     -' if c.val_loss is None else f'{c.val_loss:6.3f}'
-            note = f'DAMAGED: {c.error}' if c.error else ', '.join(c.names)+('' if c.checked else ' (not checked)')
-            lines.append(f'  {step:>10}  val {val}  {age:>10} ago  {c.size/1e6:8.1f} MB  {note}')
-    return '\n'.join(lines) or f'no runs below {root}'

@@ -279,7 +279,7 @@ def _tell(self:Trainer, record, now):
     tokens = self.config.batch_size*self.config.block_size # of a step
     self.events.emit('train', **record, tokens=self.step*tokens, tok_per_s=tokens/max(dt, 1e-9), dt_ms=dt*1e3)
     self.told,self.told_step,self.busy_s,self.said_any = now,self.step,0.,True
-    self.beat.fields.update(step=self.step)
+    self.beat.fields.update(step=self.step, step_s=dt)
 
 @patch
 def _evaluate_and_save(self:Trainer):
@@ -353,10 +353,10 @@ def _announce(self:Trainer):
     segment,versions,n = self.lineage[-1],surroundings(self.config, self.device),self.plan.max_steps
     self.events = Events(self.run.path, segment['run_id'], segment['id'], [self._display()], self.listeners)
     about = dict(step=self.step, max_steps=n, lineage=self.lineage, command=sys.argv, versions=versions,
-                 config=asdict(self.config))
+                 config=asdict(self.config), plan=self.plan.state_dict())
     if self.step: about |= dict(parent=self.parent and str(self.parent), exact=not self.differs, differs=self.differs)
     self.events.emit('resume' if self.step else 'start', **about)
-    self.beat = Heartbeat(self.run, state='running', step=self.step, max_steps=n, command=sys.argv,
+    self.beat = Heartbeat(self.run, self.stop, state='running', step=self.step, max_steps=n, command=sys.argv,
                           run_id=segment['run_id'], versions=versions)
     self.busy_s,self.said_any,self.told_step,self.failed_at = 0.,False,self.step,None
     self.told = self.last_save = time.monotonic()

@@ -27,7 +27,8 @@ def test_imports_point_down(module):
     assert all(ORDER[u] < ORDER[module] for u in used), used
 
 
-@pytest.mark.parametrize('module', ['config', 'data', 'schedule', 'history', 'checkpoint', 'rundir', 'cli', '__init__'])
+@pytest.mark.parametrize('module', ['config', 'data', 'schedule', 'history', 'checkpoint', 'rundir', 'background', 'cli',
+                                    '__init__'])
 def test_no_torch_at_the_top(module):
     slow = {'torch', 'matplotlib', 'fastprogress', 'IPython', 'tokenizers'}
     assert not {i.split('.')[0] for i in imports(root/'lmnb'/f'{module}.py', top_only=True)} & slow
@@ -41,7 +42,7 @@ def loaded(code):
 
 
 def test_listing_runs_needs_no_torch(tmp_path):
-    assert not loaded(f'import lmnb, lmnb.cli, lmnb.rundir; print(lmnb.rundir.runs_table({str(tmp_path)!r}))') & {'torch', 'matplotlib'}
+    assert not loaded(f'import lmnb, lmnb.cli, lmnb.background; print(lmnb.background.runs_table({str(tmp_path)!r}))') & {'torch', 'matplotlib'}
 
 
 TRAIN = """
@@ -57,6 +58,9 @@ import sys; assert 'torch._dynamo' not in sys.modules, 'the compiler takes as lo
 def test_training_imports_neither_matplotlib_nor_the_compiler(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'torch' in (got := loaded(TRAIN)) and 'matplotlib' not in got
+
+
+def test_the_panel_needs_no_torch(): assert 'torch' not in loaded('import lmnb; lmnb.ResumePanel')
 
 
 def test_public_names():
