@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['Condition', 'condition', 'find_runs', 'runs_table', 'stop', 'clean_env', 'train_words', 'launch', 'Background',
-           'attach']
+           'attach', 'Ahead', 'rate', 'weight']
 
 # %% ../nbs/11_background.ipynb #5c40f8db
-import os, signal, socket, subprocess, sys, time
+import os, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from fastcore.basics import patch
 
-from .config import ExperimentConfig, config_diff, preset
-from .history import duration
+from .checkpoint import Checkpoint, describe, load_checkpoint
+from .config import ExperimentConfig, config_diff, config_from, parse_setting, preset
+from .history import History, Tail, duration, follow
 from .rundir import RunBusy, RunDir, is_ours, list_checkpoints, started_at
+from .schedule import Plan, fall_start, plan_from
 
 # %% ../nbs/11_background.ipynb #f329e34c
 @dataclass
@@ -150,36 +152,32 @@ def launch(
     run = RunDir(checkpoint_dir)
     if (c := condition(run.path)).alive: raise RunBusy(f'a run is at work in {run}: {c.state}, pid {c.pid} on {c.host}')
     if resume=='latest-or-new' and run.living(): config = None
-    ckpt = _looked_up(run, resume) if resume not in (None, 'latest-or-new') else None
+    ckpt = describe(run.find(resume)) if resume not in (None, 'latest-or-new') else None
     if resume is None and not new_run: run.refuse_new_run()
     flags = ['--new-run']*new_run + ['--allow-new-data']*allow_new_data
     command = [sys.executable, '-m', 'lmnb.cli', 'train', *train_words(run, config, resume, extend_steps, sets), *flags]
     run.path.mkdir(parents=True, exist_ok=True)
-    new_session = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name=='nt' else dict(start_new_session=True)
+    apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name=='nt' else dict(start_new_session=True)
     with open(run/'train.log', 'a') as log:
-        p = subprocess.Popen(command, env=clean_env(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **new_session)
+        p = subprocess.Popen(command, env=clean_env(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **apart)
     _children[:] = [q for q in _children if q.poll() is None]+[p]
     total = extend_steps or sets.get('max_steps') or getattr(config or ckpt, 'max_steps', None) or preset().max_steps
     run.write_status(state='starting', step=ckpt.step or 0 if ckpt else 0, max_steps=total, pid=p.pid, command=command,
                      pid_start=started_at(p.pid), host=socket.gethostname(), heartbeat=time.time())
     return Background(run)
 
-def _looked_up(run, resume):
-    "The checkpoint that a resume begins at."
-    from lmnb.checkpoint import describe
-    return describe(run.find(resume))
-
 # %% ../nbs/11_background.ipynb #8ee89896
 class Background:
-    "A run, seen from outside."
-    def __init__(self, run:RunDir): self.run = run
+    "A run, seen from outside: its condition, and after `update` its events, checkpoints and pace."
+    def __init__(self, run:RunDir):
+        self.run,self.tail,self.known,self.ckpts,self.begin,self.session = run,Tail(run/'metrics.jsonl'),None,[],{},[]
+        self.now = condition(run)
 
     def __repr__(self):
-        c = self.condition()
+        c = condition(self.run)
         return f'{self.run}: {c.state} at {c.step} of {c.max_steps}'+(f', pid {c.pid} on {c.host}' if c.alive else '')
 
-    def condition(self)->Condition: return condition(self.run.path)
-    def stop(self, kill:bool=False)->str: return stop(self.run.path, kill)
+    def stop(self, kill:bool=False)->str: return stop(self.run, kill)
 
     def log(self, n:int=10)->str:
         "The last `n` lines of `train.log`; empty if the run has none."
@@ -192,7 +190,7 @@ class Background:
     def wait(self, timeout_s:float=None)->Condition:
         "Until the run has ended; a `TimeoutError` if it has not by then."
         end = time.monotonic()+(timeout_s or 1e9)
-        while (c := self.condition()).alive:
+        while (c := condition(self.run)).alive:
             if time.monotonic()>end: raise TimeoutError(f'{self} after {timeout_s} s')
             time.sleep(.1)
         return c
@@ -205,3 +203,111 @@ def attach(
     if run.status() or run.living(): return Background(run)
     near = ', '.join(map(str, find_runs(run.path.parent)[:5])) if run.path.parent.is_dir() else ''
     raise FileNotFoundError(f'no run in {run}; '+(f'there are {near}' if near else f'and none below {run.path.parent}'))
+
+# %% ../nbs/11_background.ipynb #4fd90246
+@patch
+def update(self:Background):
+    "Look again; an `OSError` if the folder cannot be read."
+    self.now = condition(self.run)
+    state = os.stat(self.run).st_mtime_ns,int(time.time()/60) # what changed in place is seen within a minute
+    if state!=self.known: self.known,self.ckpts = state,list_checkpoints(self.run)
+    if not self.tail.update(): return
+    begins = [e for e in self.tail.events if e['kind'] in ('start', 'resume')]
+    self.begin = begins[-1] if begins else {}
+    self.session = [e for e in self.tail.events if e['kind']=='train' and e['segment']==self.begin.get('segment')]
+
+@patch(as_prop=True)
+def step(self:Background)->int:
+    "The step reached."
+    live = self.now.state in ('running', 'silent', 'stopping', 'died', 'elsewhere')
+    return self.session[-1]['step'] if live and self.session else self.now.step
+
+@patch(as_prop=True)
+def heard(self:Background)->float:
+    "When the last event was written, in seconds since 1970."
+    return self.tail.events[-1]['time'] if self.tail.events else self.now.heard
+
+@patch(as_prop=True)
+def total(self:Background)->int: return max(self.now.max_steps, 1)
+
+@patch(as_prop=True)
+def step_s(self:Background)->float|None:
+    "Seconds a step in this session; None before there is one."
+    s = self.session[-300:]
+    if len(s)>1 and s[-1]['step']>s[0]['step']: return (s[-1]['time']-s[0]['time'])/(s[-1]['step']-s[0]['step'])
+    return s[-1].get('dt_ms', 0)/1e3 if s else self.now.step_s
+
+@patch(as_prop=True)
+def history(self:Background)->History: return follow(self.tail.events)
+
+@patch
+def plan(self:Background)->Plan|None:
+    "The learning-rate plan that the last session began with; None if its event does not tell."
+    try: return plan_from(config_from(self.begin['config'])[0], self.begin['plan'])
+    except (KeyError, ValueError, TypeError): return None
+
+@patch
+def find(self:Background, what:str)->Checkpoint|None:
+    "The checkpoint called `what`: a step, latest, best, trunk or final; None if there is none."
+    word = what.strip().lower().replace(',', '')
+    if word=='latest': return next((c for c in self.ckpts if c.step is not None and not c.error), None)
+    return next((c for c in self.ckpts if word==str(c.step) or f'{word}_model.pt' in c.names), None)
+
+# %% ../nbs/11_background.ipynb #864c0a95
+class Ahead:
+    "A resume that is thought of, from checkpoint `c` to the step that was `typed`; `plan` is None if that cannot be."
+    def __init__(self,
+        run:Background,
+        c:Checkpoint,
+        typed:str='', # a number of steps; empty: as far as the run was to go
+    ):
+        if not c.plan: # torch's own save, or another tool's: read once
+            saved = load_checkpoint(c.path, note=lambda _: None)
+            c.step,c.config,c.plan = saved['global_step'],vars(saved['config']),saved['scheduler_state_dict']
+        self.run,self.c,self.plan = run,c,None
+        self.config = config_from(c.config)[0]
+        self.before = plan_from(self.config, c.plan)
+        self.typed,text = typed,typed.replace(',', '').replace('_', '').strip()
+        try: self.n = parse_setting('max_steps', text) if text else self.before.max_steps
+        except ValueError: self.n = 0
+        if c.step<self.n<=10**12: self.plan = self.before.extended(c.step, self.n)
+
+    @property
+    def seconds(self)->float|None: return (self.n-self.c.step)*self.run.step_s if self.run.step_s else None
+    @property
+    def far(self)->bool: return self.n>=10*self.before.max_steps or (self.seconds or 0)>86400
+
+# %% ../nbs/11_background.ipynb #d5e43ff2
+@patch
+def rates(self:Ahead)->str:
+    "Where the learning rate goes."
+    last,c,step,now = self.plan.segments[-1],self.config,self.c.step,self.plan.lr(self.c.step)
+    if last['kind']=='fall' and last['from_step']>=step: return f'LR down from {rate(now)} at once'
+    fall = max(fall_start(c, self.n), step)
+    top = c.warmup_steps
+    if last['kind']=='climb': top = last['from_step']+round((1-last['lr']/c.lr)*last['climb_steps'])
+    up = rate(now if fall<=step else c.lr)
+    if step<top: up = f'up from {rate(now)} to {rate(c.lr)} by {min(top, fall):,}'
+    return f'LR {up}'+(f', down from {fall:,}' if self.n>fall else '')
+
+def rate(lr:float)->str: return '0' if not lr else f'{lr:.2g}' if lr>=1e-3 else f'{lr:.1e}'.replace('e-0', 'e-')
+
+def weight(n:float)->str: # bytes
+    return f'{n/1e9:.1f} GB' if n>=1e9 else f'{n/1e6:.0f} MB' if n>=1e6 else f'{n/1e3:.0f} kB'
+
+@patch
+def space(self:Ahead)->str:
+    "How many files it writes, and the room there is for them."
+    every,keep = self.config.save_interval,self.config.keep_last
+    n = self.n//every-self.c.step//every
+    n = (min(n, keep) if keep else n)+(self.n%every>0)+((self.plan.trunk_step or 0)>self.c.step)
+    size,free = n*self.c.size,shutil.disk_usage(self.run.run).free
+    return f'{"▲ " if size>free else ""}{n} checkpoint{"s"*(n!=1)}, {weight(size)} of {weight(free)} free'
+
+@patch
+def trunk(self:Ahead)->str:
+    "What the trunk would do better, where there is one and it would."
+    t,c = self.run.find('trunk'),self.c
+    if not t or t.step>=c.step or self.before.before_fall(c.step) or self.n<=self.before.max_steps: return ''
+    s = self.run.step_s
+    return "Trunk gives a straight run's bits"+(f', +{duration((c.step-t.step)*s)}' if s else '')

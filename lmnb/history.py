@@ -71,7 +71,7 @@ def _sampled(path, n):
     return [e for e in events if e],end,events.count(None)
 
 class Tail:
-    "The events of a file that grows, or is replaced; `events` holds all but the training records that no picture needs."
+    "The events of a file that grows, or is replaced; `events` holds them but for training records beyond a number."
     def __init__(self, path:Path, n_train:int=2000): # training records to keep; up to twice as many
         self.path,self.n_train = Path(path),n_train
         self.file,self.at,self.events = None,0,[]

@@ -136,11 +136,12 @@ def _dots(ax, val, now):
     at,loss = val['step'],val['loss']
     if not len(at): return
     best = np.argmin(np.where(np.isfinite(loss), loss, np.inf))
-    shown = np.arange(len(at))%max(1, len(at)//100)==(len(at)-1)%max(1, len(at)//100) # as many dots as can be told apart
-    keep,gone = (shown|(np.arange(len(at))==best))&(at<=now),shown&(at>now)
+    i,every = np.arange(len(at)),max(1, len(at)//100) # as many dots as can be told apart
+    shown = (i%every==(len(at)-1)%every)|(i==best)
+    keep,gone = shown&(at<=now),shown&(at>now)
     ax.plot(at[keep], loss[keep], 'o-', color=INK, lw=.6, ms=2.6, label='validation')
     ax.plot(at[gone], loss[gone], 'o', color=GREY, ms=2.4)
-    ax.plot(at[best], loss[best], 'o', mfc='none', mec=INK if keep[best] else GREY, ms=5.5, mew=.9, clip_on=False,
+    ax.plot(at[best], loss[best], 'o', mfc='none', mec=INK if at[best]<=now else GREY, ms=5.5, mew=.9, clip_on=False,
             label=f'best {loss[best]:.3f}')
 
 def _seams(loss, lr, seams, end, low):
@@ -168,8 +169,9 @@ def draw_runs(
     if across not in _ACROSS: raise ValueError(f'across={across!r} must be one of {", ".join(_ACROSS)}')
     xs = [[_along(c, h, across) for c in (h.train, h.val)] for h in runs.values()]
     fig,loss,lr = _axes(size, dpi, max([x[-1] for pair in xs for x in pair if len(x)], default=1))
+    looks = [(BLUE, '-'), *((c, ls) for ls in ('-', '--', ':') for c in OTHERS)] # by colour, then by style
     for i,((name,h),(x,xv)) in enumerate(zip(runs.items(), xs)):
-        style = dict(color=(BLUE, *OTHERS)[i] if i<4 else OTHERS[(i-4)%3], ls=('-', '--', ':')[(i+2)//3%3 if i>3 else 0])
+        style = dict(zip(('color', 'ls'), looks[i%len(looks)]))
         t = thin(h.train|dict(x=x, smooth=smooth(h.train['loss'])))
         loss.plot(t['x'], t['smooth'], **style, lw=1 if i else 1.6, label=name)
         loss.plot(xv, h.val['loss'], 'o', color=style['color'], ms=1.8 if i else 2.6)

@@ -160,7 +160,7 @@ def go_back(self:RunDir, to:Checkpoint)->Path|None:
 def new_run(self:RunDir)->Path|None:
     "Set aside the run that is here: the files that bear our names, and nothing else."
     folder = self.set_aside([c.path for c in self.living()]+[self/n for n in ('metrics.jsonl', 'run.json')])
-    if folder and (log := self/'train.log').exists(): # a background run writes into it: renamed, it would take the new run's
+    if folder and (log := self/'train.log').exists(): # a copy: this may be what we write to
         shutil.copy2(log, folder)
         os.truncate(log, 0)
     return folder
