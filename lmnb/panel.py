@@ -103,9 +103,8 @@ def exactness(v:Background, c:Checkpoint)->str:
     if threads := os.environ.get('OMP_NUM_THREADS'): here['threads'] = threads # else the run takes the checkpoint's
     differs = [f'{k} {c.software.get(k, "unknown")} → {x}' for k,x in here.items() if str(c.software.get(k))!=x]
     if differs: return f'Not exact here ({escape(", ".join(differs))}): bits may differ.'
-    last = v.run.status()
-    device = (last.get('versions') or {}).get('device') if last.get('host')==socket.gethostname() else None
-    known = device and device==c.software.get('device')
+    device = (v.begin.get('versions') or {}).get('device') # of the last run here
+    known = device and device==c.software.get('device') and v.now.host==socket.gethostname()
     return 'A resume from here is exact.' if known else 'The run says at its start whether it is exact.'
 
 def detail(v:Background, c:Checkpoint)->str:
@@ -182,7 +181,7 @@ def _build_head(self:ResumePanel):
     self.stop_button = _make(Button, 'lm-stop', '84px', description='Stop', icon='stop',
                              tooltip='Finish the step, save, end. Nothing is lost.')
     self.bar,self.notice,self.legend = HTML(layout=_wide()),_make(HTML, 'lm-notice'),HTML(layout=_wide())
-    self.spoken = HTML(layout=Layout(position='absolute')) # for a screen reader
+    self.spoken = _make(HTML, 'lm-spoken') # for a screen reader
     self.plot = Image(format='png', layout=Layout(margin='0'))
     self.plot.add_class('lm-plot')
 
@@ -251,8 +250,7 @@ def _try(self:ResumePanel, f):
     with self.lock:
         try: self.said = ''; f()
         except (ValueError, OSError, RuntimeError) as e:
-            hint = '. Make the folder writable, then try again' if isinstance(e, PermissionError) else ''
-            self.said = f'{plain(e)}{hint}.'
+            self.said = plain(e)+'. Make the folder writable, then try again.'*isinstance(e, PermissionError)
         except Exception as e: self.said = f'{type(e).__name__}: {plain(e)}'
         self._say(self.said)
 
@@ -286,8 +284,9 @@ def _look(self:ResumePanel):
         if (v := self.shown) is None: return self._show_empty()
         try: v.update()
         except FileNotFoundError:
-            self.said,self.listed = f'{self.name(v)} is gone: its folder was moved or deleted.',0.
-            return
+            self.said = f'{self.name(v)} is gone: its folder was moved or deleted.'
+            self._say(self.said)
+            return self._list_runs()
         self._set(self, children=self.whole)
         self._check_one(v)
         for part in (self._show_state, self._show_list, self._show_form, self._show_log): part(v)
@@ -314,7 +313,7 @@ def _list_runs(self:ResumePanel):
     self.views = {str(r):self.views.get(str(r)) or Background(r) for r in find_runs(self.root)}
     def line(v):
         v.now = condition(v.run)
-        return f'{self.name(v)}, '+('running' if v.now.alive else f'{v.now.state} at {v.now.step:,} of {v.total:,}')
+        return f'{self.name(v)}, '+('running' if v.now.alive else f'{v.now.state} at {v.step:,} of {v.total:,}')
     options = [(line(v), p) for p,v in self.views.items()]
     shown = str(self.shown.run) if self.shown and str(self.shown.run) in self.views else None
     if list(self.run.options)!=options: self._set(self.run, options=options, value=shown)
