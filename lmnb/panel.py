@@ -116,7 +116,7 @@ def detail(v:Background, c:Checkpoint)->str:
 def row(v:Background, c:Checkpoint)->str:
     "A line of the list; no-break spaces keep its columns."
     marks = [n.removesuffix('_model.pt') for n in c.names if n.endswith('_model.pt')]
-    marks += ['auto']*(c.names==['checkpoint_auto.pt'])+['latest']*(c is v.find('latest'))
+    marks += ['auto']*(c.names==['checkpoint_auto.pt'])+['latest']*(c is v.find('latest') and 'final' not in marks)
     age,step = time.time()-c.mtime,f'{c.step:,}' if c.step is not None else c.path.name
     age = duration(max(0, age)) if age<5400 else f'{age/3600:.0f} h' if age<172800 else f'{age/86400:.0f} d'
     val = f'{c.val_loss:.3f}' if c.val_loss is not None else '-'
