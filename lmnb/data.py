@@ -35,30 +35,23 @@ def find_files(
 )->tuple: # list of (relative name, path), and the column or None
     "Resolve `source`; a `FileNotFoundError` or `ValueError` names it and says what is accepted."
     if source=='stdlib': return stdlib_files(),None
-    path = Path(source).expanduser()
-    if path.is_dir(): found = [(p.relative_to(path).as_posix(), p) for p in path.rglob('*')]
+    path,(name,_,column) = Path(source).expanduser(),source.rpartition(':')
+    if path.is_dir(): found = [(p.relative_to(path), p) for p in path.rglob('*')]
     elif path.exists(): return [(path.name, path)],None
-    elif any(c in source for c in '*?['): found = _globbed(path)
-    else: return _column_file(source)
-    files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts))
+    elif set(source)&set('*?['): # named from the last folder before the first wildcard
+        root = Path(*itertools.takewhile(lambda part: not set(part)&set('*?['), path.parts))
+        found = [(p.relative_to(root), p) for p in map(Path, glob.glob(str(path), recursive=True))]
+    elif not (path := Path(name).expanduser()).is_file():
+        raise FileNotFoundError(f'data not found: {source} (looked in {Path.cwd()}); give a file, a folder, a glob, '
+                                'FILE:COLUMN or stdlib')
+    elif _has_columns(path.name): return [(path.name, path)],column
+    else: raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
+    files = sorted((n.as_posix(), p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in n.parts))
     if not files:
         raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob ("**/*.txt"), or stdlib')
     return files,None
 
-def _globbed(path):
-    "What a glob finds, named from the last folder before its first wildcard."
-    root = Path(*itertools.takewhile(lambda part: not any(c in part for c in '*?['), path.parts))
-    return [(Path(p).relative_to(root).as_posix(), Path(p)) for p in glob.glob(str(path), recursive=True)]
-
-def _column_file(source):
-    "FILE:COLUMN; a path that exists as written was taken before."
-    name,_,column = source.rpartition(':')
-    path = Path(name).expanduser()
-    if not name or not path.is_file():
-        raise FileNotFoundError(f'data not found: {source} (looked in {Path.cwd()}); give a file, a folder, a glob, '
-                                'FILE:COLUMN or stdlib')
-    if path.name.removesuffix('.gz').endswith(('.jsonl', '.csv')): return [(path.name, path)],column
-    raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
+def _has_columns(name): return name.removesuffix('.gz').endswith(('.jsonl', '.csv'))
 
 # %% ../nbs/01_data.ipynb #58af9e86
 PIECE,SOFT = 1_000_000,100_000 # characters of a piece: at most, and where lines allow
