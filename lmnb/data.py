@@ -71,27 +71,20 @@ def read_blocks(
         raise ValueError(f'{path}: {suffix} files are not text; {_REFUSED[suffix]}, or give a glob such as "*.txt"')
     try:
         with (gzip.open if suffix=='.gz' else open)(path, 'rb') as f:
-            head = f.read(4)
+            head = f.read(8192)
             bom,encoding = next(((b,e) for b,e in _BOMS if head.startswith(b)), (b'', 'utf-8'))
             if encoding!='utf-8': note(f'{path} is read as {encoding.upper()}, by the mark at its start.')
-            yield from _decode(path, f, head[len(bom):], encoding, len(bom))
+            elif b'\0' in head:
+                raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob')
+            decoder,at,block = codecs.getincrementaldecoder(encoding)(),len(bom),head[len(bom):]
+            while True:
+                at -= len(decoder.getstate()[0]) # bytes of a character that the last block's end has cut
+                if text := decoder.decode(block, final=not block): yield text
+                if not block: return
+                at,block = f.tell(),f.read(PIECE)
     except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path}: damaged .gz ({e})') from None
-
-def _decode(path, f, block, encoding, done):
-    "Decode `f` block by block; a character cut by a block's end waits for the next."
-    decoder = codecs.getincrementaldecoder(encoding)()
-    while True:
-        more = f.read(PIECE)
-        if encoding=='utf-8' and b'\0' in block[:8192] and done<8192:
-            raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob')
-        waiting = len(decoder.getstate()[0])
-        try: text = decoder.decode(block, final=not more)
-        except UnicodeDecodeError as e:
-            at = done-waiting+e.start
-            raise ValueError(f'{path}: byte {at} is no {encoding.upper()}; convert the file to UTF-8') from None
-        done,block = done+len(block),more
-        if text: yield text
-        if not more: return
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path}: byte {at+e.start} is no {encoding.upper()}; convert the file to UTF-8') from None
 
 # %% ../nbs/01_data.ipynb #63e74806
 def cut(blocks):
