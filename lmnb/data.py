@@ -104,12 +104,10 @@ def cut(blocks):
 # %% ../nbs/01_data.ipynb #5286a0bf
 def documents(files:list, column:str=None, note=lambda line: None):
     "All pieces of all documents, with a `None` between two documents."
-    first = True
-    for _,path in files:
-        for doc in ([read_blocks(path, note)] if column is None else ([row] for row in _rows(path, column))):
-            if not first: yield None
-            first = False
-            yield from cut(doc)
+    def of(path): return [read_blocks(path, note)] if column is None else ([row] for row in _rows(path, column))
+    for i,doc in enumerate(doc for _,path in files for doc in of(path)):
+        if i: yield None
+        yield from cut(doc)
 
 def _rows(path, column):
     "One field of each row of a `.jsonl` or `.csv`; a `ValueError` names the row that lacks it."
@@ -176,8 +174,7 @@ def _heard(f):
 def _evenly(pieces, size):
     "About `_SAMPLE` bytes of the corpus: a piece is taken whenever less than its share has been."
     seen = taken = 0
-    for p in pieces:
-        if p is None: continue
+    for p in filter(None, pieces):
         n = len(_bytes(p))
         if taken*max(size, _SAMPLE)<=seen*_SAMPLE: taken += n; yield p
         seen += n
