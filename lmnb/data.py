@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SOFT', 'EOT', 'stdlib_files', 'find_files', 'read_blocks', 'cut', 'documents', 'fingerprint',
-           'train_tokenizer', 'as_tokenizer', 'eot_id', 'cache_dir', 'id_dtype', 'cache_key', 'open_tokens', 'encode',
-           'token_file', 'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
+           'train_tokenizer', 'as_tokenizer', 'eot_id', 'cache_dir', 'cache_key', 'open_tokens', 'encode', 'token_file',
+           'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
 import codecs, csv, glob, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, tempfile, threading
@@ -210,8 +210,6 @@ def cache_dir(note=print)->Path:
     temp.mkdir(parents=True, exist_ok=True)
     return temp
 
-def id_dtype(n_ids:int): return np.dtype('uint16' if n_ids<=2**16 else 'uint32')
-
 def cache_key(contents:str, tokenizer:str)->str:
     "The name of a token file: a hash of the corpus' fingerprint and the tokenizer's JSON text."
     return hashlib.sha256(f'{contents}\n{tokenizer}'.encode()).hexdigest()[:32]
@@ -228,18 +226,14 @@ def open_tokens(folder:Path):
 # %% ../nbs/01_data.ipynb #7823b1a3
 _BATCH = 1_000_000 # characters encoded at once: enough for every core, little for memory
 
-def encode(pieces, tok, out, dtype)->tuple:
-    "Append the ids of `pieces` to the open file `out`; their number, and the fingerprint of what was read."
-    h,n,batch,size = hashlib.sha256(),0,[],0
-    eot = eot_id(tok)
+def encode(pieces, tok, out, dtype)->str:
+    "Append the ids of `pieces` to the open file `out`; the fingerprint of what was read."
+    h,eot,batch,size = hashlib.sha256(),eot_id(tok),[],0
     def flush():
-        nonlocal n
-        codes = iter(tok.encode_batch_fast([p for p in batch if p is not None], add_special_tokens=False))
-        for p in batch:
-            ids = np.array(([] if eot is None else [eot]) if p is None else next(codes).ids, dtype=np.int64)
-            if len(ids) and ids.max()>np.iinfo(dtype).max: raise ValueError(f'id {ids.max()} does not fit {dtype}')
+        for p,code in zip(batch, tok.encode_batch_fast([p or '' for p in batch], add_special_tokens=False)):
+            ids = np.array(code.ids if p else [] if eot is None else [eot], np.int64)
+            if ids.max(initial=0)>np.iinfo(dtype).max: raise ValueError(f'id {ids.max()} does not fit {dtype}')
             out.write(ids.astype(dtype).tobytes())
-            n += len(ids)
         batch.clear()
     for p in pieces:
         h.update(_bytes(p))
@@ -247,7 +241,7 @@ def encode(pieces, tok, out, dtype)->tuple:
         size += len(p or '')
         if size>=_BATCH: flush(); size = 0
     flush()
-    return n,h.hexdigest()[:32]
+    return h.hexdigest()[:32]
 
 # %% ../nbs/01_data.ipynb #6fca27f7
 def token_file(
@@ -266,8 +260,8 @@ def token_file(
         try:
             part.mkdir(parents=True)
             tok = as_tokenizer(tokenizer)
-            dtype = id_dtype(tok.get_vocab_size())
-            with open(part/'tokens.bin', 'wb') as f: n,read = encode(pieces(), tok, f, dtype)
+            dtype = np.dtype('uint16' if tok.get_vocab_size()<=2**16 else 'uint32')
+            with open(part/'tokens.bin', 'wb') as f: read,n = encode(pieces(), tok, f, dtype),f.tell()//dtype.itemsize
             if read!=contents: raise RuntimeError('the data changed while it was read; start again when it is still')
             (part/'meta.json').write_text(json.dumps(dict(n_tokens=n, dtype=str(dtype), contents=contents)))
             os.replace(part, folder)
