@@ -277,10 +277,8 @@ class Corpus:
     source:str          # as the user gave it
     fingerprint:str     # of the contents
     tokenizer:str       # JSON text
-    def state_dict(self):
-        return dict(source=self.source, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+    def state_dict(self): return dict(source=self.source, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
 
-# %% ../nbs/01_data.ipynb #b738eb33
 def load_corpus(
     config:ExperimentConfig,
     saved:dict=None,           # a checkpoint's `data_state`, or None for a fresh run
@@ -291,65 +289,61 @@ def load_corpus(
     "Find, check and encode the data; `ValueError` and `FileNotFoundError` name the source and what would do."
     saved = saved or {}
     where = source or saved.get('source') or config.data
-    tokenizer = _given_tokenizer(config, saved)
-    root = cache_dir(note)
-    ids = None
-    if saved and source is None: ids = open_tokens(root/cache_key(saved['fingerprint'], saved['tokenizer']))
-    if ids is not None: contents = saved['fingerprint']
-    elif (Path(where).expanduser()/'train.bin').is_file():
-        return _bin_corpus(config, where, tokenizer, saved, allow_new_data)
-    else: contents,tokenizer,ids = _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note)
-    n_val = int(len(ids)*config.val_fraction)
-    return _long_enough(config, Corpus(ids[:len(ids)-n_val], ids[len(ids)-n_val:], where, contents, tokenizer))
+    tokenizer,root,known = _given_tokenizer(config, saved),cache_dir(note),{} if allow_new_data else saved
+    cached = open_tokens(root/cache_key(saved['fingerprint'], saved['tokenizer'])) if saved and source is None else None
+    if cached is not None: contents,ids = saved['fingerprint'],[cached]
+    elif (Path(where).expanduser()/'train.bin').is_file(): contents,ids = _bin_ids(config, where, tokenizer, known)
+    else: contents,tokenizer,ids = _text_ids(config, where, tokenizer, known, root, note)
+    train,val = ids if len(ids)==2 else np.split(ids[0], [len(ids[0])-int(len(ids[0])*config.val_fraction)])
+    T,n,m = config.block_size,len(train),len(val)
+    if min(n, m)<T+1:
+        need = max(T+1, int((T+1)/config.val_fraction)+1)
+        raise ValueError(f'{where} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes {T+1} of '
+                         f'each (about {need} in all with val_fraction={config.val_fraction})')
+    return Corpus(train, val, where, contents, tokenizer)
 
+# %% ../nbs/01_data.ipynb #b738eb33
 def _given_tokenizer(config, saved):
     "The JSON text of the saved or named tokenizer, checked; None if one is to be trained."
     text = saved.get('tokenizer')
     if config.tokenizer:
-        path = Path(config.tokenizer).expanduser()
-        if not path.is_file(): raise FileNotFoundError(f'tokenizer not found: {config.tokenizer}')
-        named = path.read_text(encoding='utf-8')
-        if text is None: text = named
-        elif as_tokenizer(named).to_str()!=as_tokenizer(text).to_str():
-            prints = [hashlib.sha256(as_tokenizer(t).to_str().encode()).hexdigest()[:12] for t in (text, named)]
-            raise ValueError(f'{config.tokenizer} (fingerprint {prints[1]}) is not the tokenizer of the checkpoint '
-                             f'({prints[0]}); leave --tokenizer out')
+        named = Path(config.tokenizer).expanduser().read_text(encoding='utf-8')
+        text = text or named
+        if as_tokenizer(named).to_str()!=as_tokenizer(text).to_str():
+            raise ValueError(f'{config.tokenizer} is not the tokenizer of the checkpoint; leave --tokenizer out')
     if text is not None and (n := max(as_tokenizer(text).get_vocab().values(), default=0)+1)>config.vocab_size:
         raise ValueError(f'the tokenizer has {n} ids, vocab_size={config.vocab_size}; set vocab_size={n} or more')
     return text
 
-# %% ../nbs/01_data.ipynb #7aa57363
-def _same_contents(contents, where, saved, allow_new_data):
+def _same_contents(contents, where, known):
     "Refuse other contents than the checkpoint's."
-    if not saved or allow_new_data or contents==saved['fingerprint']: return
-    hint = ' (stdlib differs between Python versions)' if 'stdlib' in (where, saved['source']) else ''
+    if not known or contents==known['fingerprint']: return
+    hint = ' (stdlib differs between Python versions)' if 'stdlib' in (where, known['source']) else ''
     raise ValueError(f'other data than the checkpoint was trained on{hint}: {where} has fingerprint {contents[:12]}, '
-                     f'the checkpoint {saved["fingerprint"][:12]} from {saved["source"]}; --data says where the same '
+                     f'the checkpoint {known["fingerprint"][:12]} from {known["source"]}; --data says where the same '
                      'data lies now, --allow-new-data goes on with this')
 
-def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
+# %% ../nbs/01_data.ipynb #7aa57363
+def _text_ids(config, where, tokenizer, known, root, note):
     "Fingerprint, tokenizer and ids of a text source."
     files,column = find_files(where)
-    for name,_ in files:
-        if column is None and name.removesuffix('.gz').endswith(('.jsonl', '.csv')):
-            note(f'{name} is trained on as it stands, syntax included; {where}:COLUMN reads one field.')
-            break
+    if raw := [n for n,_ in files if column is None and _has_columns(n)]:
+        note(f'{raw[0]} is trained on as it stands, syntax included; {where}:COLUMN reads one field.')
     contents,size = fingerprint(documents(files, column, note))
-    if not size: raise ValueError(f'{where} is empty: it takes at least {2*(config.block_size+1)} tokens')
-    _same_contents(contents, where, saved, allow_new_data)
+    _same_contents(contents, where, known)
     if tokenizer is None:
         path = root/f'{contents}-{config.vocab_size}.tokenizer.json'
         if not path.exists():
             note(f'Training a tokenizer on {where} ({size/1e6:,.1f} MB), once.')
             _write_whole(path, train_tokenizer(documents(files, column), size, config.vocab_size))
         tokenizer = path.read_text(encoding='utf-8')
-    if open_tokens(root/cache_key(contents, tokenizer)) is None:
+    def pieces():
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
         if (free := shutil.disk_usage(root).free)<size:
             note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names a folder.')
-    return contents,tokenizer,token_file(root, contents, tokenizer, lambda: documents(files, column))
+        return documents(files, column)
+    return contents,tokenizer,[token_file(root, contents, tokenizer, pieces)]
 
-# %% ../nbs/01_data.ipynb #d4ca00fd
 def _write_whole(path, text):
     "Write a small file under a temporary name, then rename it."
     part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
@@ -358,39 +352,24 @@ def _write_whole(path, text):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-def _long_enough(config, corpus):
-    "Refuse what does not fill one window on both sides."
-    T,n,m = config.block_size,len(corpus.train),len(corpus.val)
-    if n<T+1 or m<T+1:
-        need = max(T+1, int((T+1)/config.val_fraction)+1)
-        raise ValueError(f'{corpus.source} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes '
-                         f'{T+1} of each (about {need} in all with val_fraction={config.val_fraction})')
-    return corpus
-
 # %% ../nbs/01_data.ipynb #233aeba7
-def _bin_corpus(config, where, tokenizer, saved, allow_new_data):
-    "A folder with `train.bin` and perhaps `val.bin`, checked and fingerprinted in one pass."
+def _bin_ids(config, where, tokenizer, known):
+    "Fingerprint and ids of `train.bin` and, if it is there, `val.bin`, checked in one pass."
     if tokenizer is None:
         raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
-    root,h,out = Path(where).expanduser(),hashlib.sha256(),{}
-    dtype = np.dtype(config.bin_dtype).newbyteorder('<')
-    for name in ('train', 'val'):
-        if not (root/f'{name}.bin').exists(): continue
-        if (size := (root/f'{name}.bin').stat().st_size)%dtype.itemsize or not size:
-            raise ValueError(f'{root/name}.bin has {size} bytes, no whole {config.bin_dtype} ids; see bin_dtype')
-        out[name] = ids = np.memmap(root/f'{name}.bin', dtype, 'r')
-        h.update(name.encode())
-        for i in range(0, len(ids), PIECE):
-            block = ids[i:i+PIECE]
-            h.update(block.tobytes())
+    h,ids,dtype = hashlib.sha256(),[],np.dtype(config.bin_dtype).newbyteorder('<')
+    for file in (p for name in ('train.bin', 'val.bin') if (p := Path(where).expanduser()/name).exists()):
+        if (size := file.stat().st_size)%dtype.itemsize or not size:
+            raise ValueError(f'{file} has {size} bytes, no whole {config.bin_dtype} ids; see bin_dtype')
+        ids.append(np.memmap(file, dtype, 'r'))
+        h.update(file.stem.encode())
+        for block in np.array_split(ids[-1], len(ids[-1])//PIECE+1):
+            h.update(block)
             if block.max()>=config.vocab_size:
-                raise ValueError(f'{root/name}.bin holds id {block.max()}, beyond vocab_size={config.vocab_size}; '
+                raise ValueError(f'{file} holds id {block.max()}, beyond vocab_size={config.vocab_size}; '
                                  'set vocab_size, or bin_dtype if ids look wrong')
-    contents = h.hexdigest()[:32]
-    _same_contents(contents, where, saved, allow_new_data)
-    n = len(out['train'])
-    train,val = (out['train'], out['val']) if 'val' in out else np.split(out['train'], [n-int(n*config.val_fraction)])
-    return _long_enough(config, Corpus(train, val, where, contents, tokenizer))
+    _same_contents(contents := h.hexdigest()[:32], where, known)
+    return contents,ids
 
 # %% ../nbs/01_data.ipynb #195be1bf
 def _mix(x):
