@@ -10,20 +10,18 @@ __all__ = ['orthogonalize', 'has_bf16', 'Muon', 'AdamW', 'make_optimizers', 'set
 import inspect, math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros_like
 
 from .config import ExperimentConfig
 
 # %% ../nbs/04_optim.ipynb #e095c07b
-_QUINTIC = (3.4445, -4.7750, 2.0315) # kellerjordan.github.io/posts/muon: steep at 0, where small singular values lie
-
 def orthogonalize(
     m:Tensor,                # a stack of matrices, (n, A, B)
     steps:int=3,             # iterations
     dtype=torch.float32,     # of the products
 )->Tensor: # (n, A, B) in `dtype`, singular values roughly 1
     "Newton–Schulz on a stack of matrices."
-    a,b,c = _QUINTIC
+    a,b,c = 3.4445, -4.7750, 2.0315 # kellerjordan.github.io/posts/muon: steep at 0, where small singular values lie
     x = m.to(dtype)
     if tall := x.shape[-2]>x.shape[-1]: x = x.mT
     x = x/x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -91,8 +89,7 @@ def make_optimizers(model:nn.Module, config:ExperimentConfig)->list: # each para
     fused = dict(fused=True) if device in ('cpu', 'cuda') else dict(foreach=True)
     adamw = AdamW(rest if opts else [main, *rest], lr=config.lr, betas=config.betas, **fused)
     for p in (p for g in adamw.param_groups for p in g['params']):
-        moments = {k:torch.zeros_like(p) for k in ('exp_avg', 'exp_avg_sq')}
-        adamw.state[p].update(step=torch.zeros((), device=p.device), **moments)
+        adamw.state[p].update(step=torch.zeros((), device=p.device), exp_avg=zeros_like(p), exp_avg_sq=zeros_like(p))
     return [*opts, adamw]
 
 def set_lr(opts:list, lr:float):
@@ -106,7 +103,6 @@ def optim_state(model:nn.Module, opts:list)->dict:
     groups = [{**g, 'params':[names[p] for p in g['params']]} for o in opts for g in o.param_groups]
     return dict(state={names[p]:dict(s) for o in opts for p,s in o.state.items()}, param_groups=groups)
 
-# %% ../nbs/04_optim.ipynb #fc8710ff
 def _same_names(what, came, wanted):
     "Refuse a dict whose keys differ from what the running object has."
     if not isinstance(came, dict): raise ValueError(f'{what} is no dict')
