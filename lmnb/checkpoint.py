@@ -37,15 +37,16 @@ def write_checkpoint(
     state:dict,   # the keys; tensors that nobody changes meanwhile
     folder:Path,
     names:list,   # file names, the first of which is written
-    open_file=open, # for tests of failing disks
 )->int: # bytes
     "Write one file durably, under all its `names`; an `OSError` leaves what was there before."
     import torch
     tmp = folder/f'.tmp-{os.getpid()}-{names[0]}'
     try:
-        with open_file(tmp, 'w+b') as f:
+        with open(tmp, 'w+b') as f:
             try: torch.save(state, f)
-            except RuntimeError as e: raise _disk_error(e) from None
+            except RuntimeError as e: # torch's word, behind which may stand the disk's
+                while e.__context__ is not None and not isinstance(e, OSError): e = e.__context__
+                raise e from None
             with zipfile.ZipFile(f, 'a') as z: # a fixed date: the same state gives the same bytes
                 z.writestr(zipfile.ZipInfo(MEMBER), json.dumps(_strict(summary(state, names)), allow_nan=False))
             f.flush()
@@ -56,11 +57,6 @@ def write_checkpoint(
     for name in names[1:]: link(folder/names[0], folder/name)
     sync_folder(folder)
     return size
-
-def _disk_error(e):
-    "The disk's own error behind torch's, or torch's."
-    while e.__context__ is not None and not isinstance(e, OSError): e = e.__context__
-    return e
 
 # %% ../nbs/08_checkpoint.ipynb #a19ef2d5
 def replace(src:Path, dst:Path, patience_s:float=5.):
@@ -80,9 +76,8 @@ def link(src:Path, dst:Path):
         try: os.link(src, tmp)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT): raise
-            with open(src, 'rb') as a, open(tmp, 'wb') as b:
-                shutil.copyfileobj(a, b)
-                os.fsync(b.fileno())
+            shutil.copyfile(src, tmp)
+            with open(tmp, 'r+b') as f: os.fsync(f.fileno())
         replace(tmp, dst)
     finally: tmp.unlink(missing_ok=True) # renaming onto a link of the same file leaves it behind
 
