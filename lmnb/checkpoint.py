@@ -100,11 +100,10 @@ def check_structure(
 )->zipfile.ZipFile:
     "Refuse what is no checkpoint by its outer form; a `CheckpointError` says why."
     size = f.seek(0, 2)
-    if not size: raise CheckpointError(f'{path} is empty')
     f.seek(0)
     head = f.read(64)
     if not head.startswith(b'PK'):
-        kind = 'text' if all(32<=b<127 or b in b'\r\n\t' for b in head) else 'an old or foreign format'
+        kind = 'empty' if not head else 'text' if head.isascii() and 0 not in head else 'an old or foreign format'
         raise CheckpointError(f'{path} is no checkpoint: it is {kind}, not a torch.save zip')
     try: z = zipfile.ZipFile(f)
     except _ZIP_ERRORS as e:
@@ -113,17 +112,15 @@ def check_structure(
     root = names[0].split('/')[0] if names else ''
     if f'{root}/data.pkl' not in names: raise CheckpointError(f'{path} is no checkpoint: a zip without data.pkl')
     wrong = [n for n in names if not n.startswith(f'{root}/') or '..' in n or '\\' in n]
+    wrong += [m.filename for m in members if m.compress_type or m.file_size!=m.compress_size or m.flag_bits&1]
     if wrong or len(set(names))<len(names):
-        raise CheckpointError(f"{path}: refused, torch.save names no members so: {(wrong or names)[0]!r:.80}")
-    plain = all(m.compress_type==zipfile.ZIP_STORED and m.file_size==m.compress_size and not m.flag_bits&1
-                for m in members)
-    if not plain or sum(m.file_size for m in members)>size:
+        raise CheckpointError(f'{path}: refused, torch.save names and stores no member so: {(wrong or names)[0]!r:.80}')
+    if sum(m.file_size for m in members)>size:
         raise CheckpointError(f'{path}: refused, its members claim other sizes than the file has')
     if (n := z.getinfo(f'{root}/data.pkl').file_size)>_PICKLE_MAX:
         raise CheckpointError(f'{path}: refused, its data.pkl has {n:,} bytes, {_PICKLE_MAX:,} are allowed')
     return z
 
-# %% ../nbs/08_checkpoint.ipynb #a6ca5b0c
 def check_contents(f, path:Path):
     "Compare every byte with its checksum; a `CheckpointError` names the member that does not match."
     with check_structure(f, path) as z:
