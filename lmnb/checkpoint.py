@@ -136,25 +136,20 @@ def load_checkpoint(
     "Check and read a checkpoint; `FileNotFoundError`, or a `CheckpointError` that names the check that failed."
     import torch
     path = Path(path).expanduser()
-    try: f = open(path, 'rb')
-    except IsADirectoryError: raise CheckpointError(f'{path} is a folder, not a checkpoint file') from None
-    with f, torch.serialization.safe_globals([ExperimentConfig]):
+    if path.is_dir(): raise CheckpointError(f'{path} is a folder, not a checkpoint file')
+    with open(path, 'rb') as f, torch.serialization.safe_globals([ExperimentConfig]):
         check_contents(f, path)
         try:
             f.seek(0)
-            if unsafe := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f)): raise _refusal(path, unsafe)
+            unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
             f.seek(0)
-            state = torch.load(f, map_location='cpu', weights_only=True)
-        except CheckpointError: raise
+            state = None if unsafe else torch.load(f, map_location='cpu', weights_only=True)
         except Exception as e: # whatever a broken or hostile pickle brings up in the reader
             raise CheckpointError(f'{path} cannot be read: {e!r:.200}') from None
+    if unsafe:
+        raise CheckpointError(f'{path}: refused, it would run or make {unsafe[0]}; only plain types, tensors and '
+                              'lmnb.config.ExperimentConfig are read')
     return _checked(state, path, note, os.path.getsize(path))
-
-def _refusal(path, unsafe):
-    "One line for classes that a checkpoint must not name."
-    foreign = any(u.rpartition('.')[2]=='ExperimentConfig' for u in unsafe)
-    fault = f'{"its config is a class" if foreign else "refused, it would run or make"} {unsafe[0]}'
-    return CheckpointError(f'{path}: {fault}; only plain types, tensors and lmnb.config.ExperimentConfig are read')
 
 # %% ../nbs/08_checkpoint.ipynb #77221a9a
 def _checked(state, path, note, size):
