@@ -152,65 +152,47 @@ def load_checkpoint(
     return _checked(state, path, note, os.path.getsize(path))
 
 # %% ../nbs/08_checkpoint.ipynb #77221a9a
+_TYPES = dict.fromkeys(NINE+MORE, dict) | dict(
+    global_step=int, epoch=int, format_version=int, best_val_loss=(float, int), val_loss=(float, int),
+    config=(ExperimentConfig, dict), train_history=list, val_history=list, lineage=list)
+
 def _checked(state, path, note, size):
-    "The keys of a file that torch could read, each of its type."
+    "The keys of a file that torch could read, each of its type, and the config built anew."
     if not isinstance(state, dict): raise CheckpointError(f'{path} is no checkpoint: it holds a {type(state).__name__}')
     if type(v := state.get('format_version', FORMAT)) is not int or v!=FORMAT:
         raise CheckpointError(f'{path} has format_version {v!r:.20}, this lmnb reads {FORMAT}: upgrade lmnb')
     if missing := [k for k in NINE if k not in state]: raise CheckpointError(f'{path} lacks {", ".join(missing)}')
-    _check_config(path, state, note, size)
-    if absent := [k for k in MORE if k not in state]: note(f'{path.name} has no {", ".join(absent)}: not restored.')
-    for k in ('model_state_dict', 'optimizer_state_dict', 'scheduler_state_dict'): _is(path, state, k, dict)
-    for k in ('global_step', 'epoch'):
-        if _is(path, state, k, int)<0: raise CheckpointError(f'{path}: {k} is {state[k]}')
-    state['best_val_loss'] = float(_is(path, state, 'best_val_loss', float, int))
-    if state.get('val_loss') is not None: state['val_loss'] = float(_is(path, state, 'val_loss', float, int))
-    for k in ('train_history', 'val_history'): _check_history(path, state, k)
-    _check_more(path, state)
-    for k in ('model_state_dict', 'optimizer_state_dict'): state[k] = _without_prefixes(state[k])
-    return state
-
-def _check_config(path, state, note, size):
-    "A config built anew from the fields of the one in the file."
-    c = state['config']
-    if not isinstance(c, (dict, ExperimentConfig)): raise CheckpointError(f'{path}: its config is a {type(c).__name__}')
-    try: c,dropped = config_from(c)
+    for k,x in [(k, state.get(k)) for k in _TYPES if k in NINE or state.get(k) is not None]:
+        if type(x) is bool or not isinstance(x, _TYPES[k]): raise CheckpointError(f'{path}: {k} is a {type(x).__name__}')
+    try: c,dropped = config_from(state['config'])
     except ValueError as e: raise CheckpointError(f'{path}: its config is impossible: {e}') from None
-    state['config'] = c
     if dropped: note(f'{path.name}: unknown settings dropped: {", ".join(map(repr, dropped))}')
     if c.n_params>size:
         raise CheckpointError(f'{path}: n_layer={c.n_layer}, n_embd={c.n_embd}: too large for {size:,} bytes')
+    if absent := [k for k in MORE if k not in state]: note(f'{path.name} has no {", ".join(absent)}: not restored.')
+    _check_values(path, state)
+    state |= {k:float(state[k]) for k in ('best_val_loss', 'val_loss') if state.get(k) is not None}
+    state |= {k:_without_prefixes(state[k]) for k in ('model_state_dict', 'optimizer_state_dict')}
+    return state|dict(config=c)
 
 # %% ../nbs/08_checkpoint.ipynb #113fd4a1
-def _is(path, state, key, *kinds):
-    x = state[key]
-    if type(x) not in kinds and not (dict in kinds and isinstance(x, dict)):
-        raise CheckpointError(f'{path}: {key} is a {type(x).__name__}, not a {kinds[0].__name__}')
-    return x
-
 def _has(x, **kinds):
     "Whether `x` is a dict with these keys, each of one of its types."
     return isinstance(x, dict) and all(type(x.get(k)) in ts for k,ts in kinds.items())
 
-def _check_history(path, state, key):
-    "A list of records, each with a step and a loss, in the order of their steps."
-    before = 0
-    for r in _is(path, state, key, list):
-        if not _has(r, step=[int], loss=[int, float]) or not before<r['step']<=state['global_step']:
-            raise CheckpointError(f'{path}: {key} has a record that cannot be: {r!r:.80}')
-        before = r['step']
+def _check_values(path, state):
+    "Refuse what the types alone would let pass."
+    step = state['global_step']
+    for k in ('global_step', 'epoch'):
+        if state[k]<0: raise CheckpointError(f'{path}: {k} is {state[k]}')
+    for k in ('train_history', 'val_history'):
+        for before,r in zip([dict(step=0), *state[k]], state[k]):
+            if not _has(r, step=[int], loss=[int, float]) or not before['step']<r['step']<=step:
+                raise CheckpointError(f'{path}: {k} has a record that cannot be: {r!r:.80}')
+    if (data := state.get('data_state')) and not _has(data, source=[str], fingerprint=[str], tokenizer=[str]):
+        raise CheckpointError(f'{path}: data_state lacks its source, fingerprint or tokenizer')
+    if not is_lineage(state.setdefault('lineage', []), step): raise CheckpointError(f'{path}: its lineage cannot be')
 
-def _check_more(path, state):
-    "The keys beside the nine."
-    for k in ('scaler_state_dict', 'rng_state', 'data_state', 'software'):
-        if state.get(k) is not None: _is(path, state, k, dict)
-    if data := state.get('data_state'):
-        for k in ('source', 'fingerprint', 'tokenizer'):
-            if not _has(data, **{k:[str]}): raise CheckpointError(f'{path}: data_state has no {k}')
-    if not is_lineage(state.setdefault('lineage', []), state['global_step']):
-        raise CheckpointError(f'{path}: its lineage cannot be')
-
-# %% ../nbs/08_checkpoint.ipynb #a2484e08
 def _without_prefixes(x):
     "Names without what torch.compile and DataParallel put before them."
     if isinstance(x, dict): return {_without_prefixes(k):_without_prefixes(v) for k,v in x.items()}
