@@ -47,8 +47,7 @@ def find_files(
     elif _has_columns(path.name): return [(path.name, path)],column
     else: raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
     files = sorted((n.as_posix(), p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in n.parts))
-    if not files:
-        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob ("**/*.txt"), or stdlib')
+    if not files: raise FileNotFoundError(f'no text files in {source}: give a file, a folder, or a glob ("**/*.txt")')
     return files,None
 
 def _has_columns(name): return name.removesuffix('.gz').endswith(('.jsonl', '.csv'))
@@ -116,9 +115,8 @@ def _rows(path, column):
     rows = csv.DictReader(_lines(path)) if is_csv else (json.loads(l) for l in _lines(path) if l.strip())
     try:
         for i,row in enumerate(rows, 1):
-            if not isinstance(row, dict) or column not in row:
-                has = f'it has {", ".join(map(str, row))}' if isinstance(row, dict) else 'the row is no object'
-                raise ValueError(f'{path}: row {i} has no column {column!r}; {has}')
+            if column not in (row := row if isinstance(row, dict) else {}):
+                raise ValueError(f'{path}: row {i} has no column {column!r}; it has {", ".join(map(str, row)) or None}')
             yield str(row[column] or '')
     except (json.JSONDecodeError, csv.Error) as e: raise ValueError(f'{path}: row {i+1} cannot be read ({e})') from None
 
@@ -355,8 +353,7 @@ def _write_whole(path, text):
 # %% ../nbs/01_data.ipynb #233aeba7
 def _bin_ids(config, where, tokenizer, known):
     "Fingerprint and ids of `train.bin` and, if it is there, `val.bin`, checked in one pass."
-    if tokenizer is None:
-        raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
+    if tokenizer is None: raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer TOKENIZER.JSON')
     h,ids,dtype = hashlib.sha256(),[],np.dtype(config.bin_dtype).newbyteorder('<')
     for file in (p for name in ('train.bin', 'val.bin') if (p := Path(where).expanduser()/name).exists()):
         if (size := file.stat().st_size)%dtype.itemsize or not size:
@@ -431,6 +428,5 @@ def val_batches(
 ):
     "The same validation windows each time, spread evenly, none twice, in pieces of `size`."
     n = n_windows(ids, block_size)
-    k = min(n_sequences, n)
-    which = np.arange(k)*n//k
+    which = np.arange(k := min(n_sequences, n))*n//k
     for i in range(0, k, size): yield _windows(ids, which[i:i+size], block_size)
