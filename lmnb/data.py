@@ -156,18 +156,15 @@ def train_tokenizer(
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    _heard(lambda: tok.train_from_iterator(_evenly(pieces, size), trainer))
-    return tok.to_str()
-
-def _heard(f):
-    "Run `f` in a thread, so that a signal is heard meanwhile."
+    failed = []
     def run():
-        try: f()
+        try: tok.train_from_iterator(_evenly(pieces, size), trainer)
         except BaseException as e: failed.append(e)
-    failed,worker = [],threading.Thread(target=run, daemon=True)
+    worker = threading.Thread(target=run, daemon=True) # so that a signal is heard meanwhile
     worker.start()
     while worker.is_alive(): worker.join(.1)
     if failed: raise failed[0]
+    return tok.to_str()
 
 def _evenly(pieces, size):
     "About `_SAMPLE` bytes of the corpus: a piece is taken whenever less than its share has been."
@@ -222,8 +219,6 @@ def open_tokens(folder:Path):
     return np.memmap(folder/'tokens.bin', dtype, 'r', shape=(n,)) if n else np.zeros(0, dtype)
 
 # %% ../nbs/01_data.ipynb #7823b1a3
-_BATCH = 1_000_000 # characters encoded at once: enough for every core, little for memory
-
 def encode(pieces, tok, out, dtype)->str:
     "Append the ids of `pieces` to the open file `out`; the fingerprint of what was read."
     h,eot,batch,size = hashlib.sha256(),eot_id(tok),[],0
@@ -237,7 +232,7 @@ def encode(pieces, tok, out, dtype)->str:
         h.update(_bytes(p))
         batch.append(p)
         size += len(p or '')
-        if size>=_BATCH: flush(); size = 0
+        if size>=PIECE: flush(); size = 0 # enough for every core, little for memory
     flush()
     return h.hexdigest()[:32]
 
@@ -333,7 +328,9 @@ def _text_ids(config, where, tokenizer, known, root, note):
         path = root/f'{contents}-{config.vocab_size}.tokenizer.json'
         if not path.exists():
             note(f'Training a tokenizer on {where} ({size/1e6:,.1f} MB), once.')
-            _write_whole(path, train_tokenizer(documents(files, column), size, config.vocab_size))
+            part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
+            part.write_text(train_tokenizer(documents(files, column), size, config.vocab_size), encoding='utf-8')
+            os.replace(part, path)
         tokenizer = path.read_text(encoding='utf-8')
     def pieces():
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
@@ -341,14 +338,6 @@ def _text_ids(config, where, tokenizer, known, root, note):
             note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names a folder.')
         return documents(files, column)
     return contents,tokenizer,[token_file(root, contents, tokenizer, pieces)]
-
-def _write_whole(path, text):
-    "Write a small file under a temporary name, then rename it."
-    part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
-    try:
-        part.write_text(text, encoding='utf-8')
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #233aeba7
 def _bin_ids(config, where, tokenizer, known):
