@@ -55,9 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, start=0):
         B,T,_ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2) # (B, H, T, D)
-        k = self.k_norm(self.k(x).view(B, T, self.n_kv, self.head_dim)).transpose(1, 2)
-        v = self.v(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)
+        q,k,v = (f(x).view(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v)) # (B, T, H, D)
+        q,k,v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v)) # (B, H, T, D)
         q,k = rotate(q, cos, sin).to(v.dtype),rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             for kept,new in zip(cache, (k, v)): kept[:,:,start:start+T] = new
@@ -142,8 +141,7 @@ def pick(
 )->Tensor: # (B, 1) int64
     "Draw the next token."
     if temperature==0: return logits.argmax(-1, keepdim=True)
-    if 0<top_k<logits.shape[-1]:
-        logits = logits.masked_fill(logits<logits.topk(top_k).values[:,-1:], -math.inf)
+    if 0<top_k<logits.shape[-1]: logits = logits.masked_fill(logits<logits.topk(top_k).values[:,-1:], -math.inf)
     scaled = (logits.double().cpu()-logits.max().item())/temperature # the likeliest is 0: no temperature overflows
     return torch.multinomial(scaled.softmax(-1), 1, generator=rng).to(logits.device)
 
