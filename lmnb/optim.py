@@ -10,6 +10,7 @@ __all__ = ['orthogonalize', 'has_bf16', 'Muon', 'AdamW', 'make_optimizers', 'set
 import inspect, math
 
 import torch
+from fastcore.basics import groupby
 from torch import Tensor, nn, zeros_like
 
 from .config import ExperimentConfig
@@ -50,9 +51,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps))
         self.dtype,self.stacks = dtype,[]
         for group in self.param_groups:
-            by_shape = {}
-            for p in group['params']: by_shape.setdefault(p.shape, []).append(p)
-            for ps in by_shape.values():
+            for ps in groupby(group['params'], 'shape').values():
                 buf = torch.zeros((len(ps), *ps[0].shape), device=ps[0].device)
                 for p,b in zip(ps, buf): self.state[p]['momentum_buffer'] = b
                 self.stacks.append((group, ps, buf))
@@ -67,7 +66,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(ps, 1-g['lr']*g['weight_decay'])
             torch._foreach_add_(ps, update.unbind(), alpha=-g['lr']*.2*math.sqrt(max(ps[0].shape)))
 
-# %% ../nbs/04_optim.ipynb #16f918fb
+# %% ../nbs/04_optim.ipynb #d116cf35
 class AdamW(torch.optim.AdamW):
     "torch's AdamW, without what wraps its `step` for the compiler."
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
@@ -75,7 +74,6 @@ class AdamW(torch.optim.AdamW):
 for _method in vars(torch.optim.Optimizer).values(): # torch._disable_dynamo looks for this before it imports
     if _inner := getattr(_method, '__wrapped__', None): setattr(_inner, '__dynamo_disable', _inner)
 
-# %% ../nbs/04_optim.ipynb #d116cf35
 def make_optimizers(model:nn.Module, config:ExperimentConfig)->list: # each parameter is in one group of one of them
     "Muon and AdamW, or AdamW alone, as `config.optimizer` says."
     embed,norms,matrices = [],[],[]
