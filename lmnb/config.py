@@ -155,14 +155,13 @@ def parse_setting(
 ): # the value in the field's type
     "Read one value by its field's type; a `ValueError` says which field, what came and what was allowed."
     if name not in _FIELDS: raise ValueError(_unknown('setting', name, _FIELDS))
-    kind = _FIELDS[name]
-    try: return _READ[kind](text)
-    except (ValueError, OverflowError, KeyError): raise ValueError(f'{name}={text} must be {_KINDS[kind]}') from None
+    try: return _READ[_FIELDS[name]](text)
+    except (ValueError, KeyError): raise ValueError(f'{name}={text} must be {_KINDS[_FIELDS[name]]}') from None
 
 def _whole(text):
     "`12`, `1e3`; not `1.5`."
     if text.lstrip('+-').isdigit(): return int(text)
-    if (number := float(text))!=int(number): raise ValueError
+    if not (number := float(text)).is_integer(): raise ValueError
     return int(number)
 
 _BOOLS = {'true':True, '1':True, 'yes':True, 'false':False, '0':False, 'no':False}
