@@ -302,8 +302,10 @@ def _given_tokenizer(config, saved):
     if config.tokenizer:
         named = Path(config.tokenizer).expanduser().read_text(encoding='utf-8')
         text = text or named
-        if as_tokenizer(named).to_str()!=as_tokenizer(text).to_str():
-            raise ValueError(f'{config.tokenizer} is not the tokenizer of the checkpoint; leave --tokenizer out')
+        its,ours = (hashlib.sha256(as_tokenizer(t).to_str().encode()).hexdigest() for t in (named, text))
+        if its!=ours:
+            raise ValueError(f'{config.tokenizer} (fingerprint {its:.12}) is not the tokenizer of the checkpoint '
+                             f'({ours:.12}); leave --tokenizer out')
     if text is not None and (n := max(as_tokenizer(text).get_vocab().values(), default=0)+1)>config.vocab_size:
         raise ValueError(f'the tokenizer has {n} ids, vocab_size={config.vocab_size}; set vocab_size={n} or more')
     return text
