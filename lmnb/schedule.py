@@ -72,8 +72,7 @@ def plan_from(
 )->Plan:
     "Rebuild a plan; a `ValueError` names what cannot be one."
     segments = state.get('segments') if isinstance(state, dict) and set(state)=={'segments'} else None
-    if not isinstance(segments, list) or not segments:
-        raise ValueError('scheduler_state_dict must be {"segments": [...]}')
+    if type(segments) is not list or not segments: raise ValueError('scheduler_state_dict must be {"segments": [...]}')
     before = -1
     for s in segments:
         typed = isinstance(s, dict) and {k:type(v) for k,v in s.items()}==_TYPES.get(str(s.get('kind')))
