@@ -78,7 +78,8 @@ def n_params(self:ExperimentConfig)->int:
     return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
 
 # %% ../nbs/00_config.ipynb #3f2db332
-_KINDS = {int:'a whole number', float:'a finite number', bool:'True or False', str:'text', tuple:'two numbers, as 0.9,0.95'}
+_KINDS = {int:'a whole number', float:'a finite number', bool:'True or False', str:'text',
+          tuple:'two numbers, such as 0.9,0.95'}
 
 def _typed(name, kind, value):
     "`value` as the field's type; a `ValueError` names field and value."
