@@ -38,15 +38,16 @@ def write_checkpoint(
     state:dict,   # the keys; tensors that nobody changes meanwhile
     folder:Path,
     names:list,   # file names, the first of which is written
-    open_file=open, # for tests of failing disks
 )->int: # bytes
     "Write one file durably, under all its `names`; an `OSError` leaves what was there before."
     import torch
     tmp = folder/f'.tmp-{os.getpid()}-{names[0]}'
     try:
-        with open_file(tmp, 'w+b') as f:
+        with open(tmp, 'w+b') as f:
             try: torch.save(state, f)
-            except RuntimeError as e: raise _disk_error(e) from None
+            except RuntimeError as e: # torch's word, behind which may stand the disk's
+                while e.__context__ is not None and not isinstance(e, OSError): e = e.__context__
+                raise e from None
             with zipfile.ZipFile(f, 'a') as z: # a fixed date: the same state gives the same bytes
                 z.writestr(zipfile.ZipInfo(MEMBER), json.dumps(_strict(summary(state, names)), allow_nan=False))
             f.flush()
@@ -57,11 +58,6 @@ def write_checkpoint(
     for name in names[1:]: link(folder/names[0], folder/name)
     sync_folder(folder)
     return size
-
-def _disk_error(e):
-    "The disk's own error behind torch's, or torch's."
-    while e.__context__ is not None and not isinstance(e, OSError): e = e.__context__
-    return e
 
 # %% ../nbs/08_checkpoint.ipynb #a19ef2d5
 def replace(src:Path, dst:Path, patience_s:float=5.):
@@ -79,11 +75,9 @@ def link(src:Path, dst:Path):
     try:
         tmp.unlink(missing_ok=True)
         try: os.link(src, tmp)
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT): raise
-            with open(src, 'rb') as a, open(tmp, 'wb') as b:
-                shutil.copyfileobj(a, b)
-                os.fsync(b.fileno())
+        except OSError: # a full or vanished disk refuses the copy, too
+            shutil.copyfile(src, tmp)
+            with open(tmp, 'r+b') as f: os.fsync(f.fileno())
         replace(tmp, dst)
     finally: tmp.unlink(missing_ok=True) # renaming onto a link of the same file leaves it behind
 
@@ -98,7 +92,6 @@ def sync_folder(folder:Path):
 
 # %% ../nbs/08_checkpoint.ipynb #d5234ef4
 _PICKLE_MAX = 64*2**20 # bytes of data.pkl, which holds the structure and no tensor
-_ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, OverflowError)
 
 def check_structure(
     f,          # a file opened to read bytes
@@ -106,35 +99,32 @@ def check_structure(
 )->zipfile.ZipFile:
     "Refuse what is no checkpoint by its outer form; a `CheckpointError` says why."
     size = f.seek(0, 2)
-    if not size: raise CheckpointError(f'{path} is empty')
     f.seek(0)
     head = f.read(64)
     if not head.startswith(b'PK'):
-        kind = 'text' if all(32<=b<127 or b in b'\r\n\t' for b in head) else 'an old or foreign format'
+        kind = 'empty' if not head else 'text' if head.isascii() and 0 not in head else 'an old or foreign format'
         raise CheckpointError(f'{path} is no checkpoint: it is {kind}, not a torch.save zip')
     try: z = zipfile.ZipFile(f)
-    except _ZIP_ERRORS as e:
+    except Exception as e: # whatever a damaged file brings up in the reader
         raise CheckpointError(f'{path} is cut off or damaged: its directory at the end cannot be read ({e})') from None
     members,names = z.infolist(),z.namelist()
     root = names[0].split('/')[0] if names else ''
     if f'{root}/data.pkl' not in names: raise CheckpointError(f'{path} is no checkpoint: a zip without data.pkl')
     wrong = [n for n in names if not n.startswith(f'{root}/') or '..' in n or '\\' in n]
+    wrong += [m.filename for m in members if m.compress_type or m.file_size!=m.compress_size or m.flag_bits&1]
     if wrong or len(set(names))<len(names):
-        raise CheckpointError(f"{path}: refused, torch.save names no members so: {(wrong or names)[0]!r:.80}")
-    plain = all(m.compress_type==zipfile.ZIP_STORED and m.file_size==m.compress_size and not m.flag_bits&1
-                for m in members)
-    if not plain or sum(m.file_size for m in members)>size:
+        raise CheckpointError(f'{path}: refused, torch.save names and stores no member so: {(wrong or names)[0]!r:.80}')
+    if sum(m.file_size for m in members)>size:
         raise CheckpointError(f'{path}: refused, its members claim other sizes than the file has')
     if (n := z.getinfo(f'{root}/data.pkl').file_size)>_PICKLE_MAX:
         raise CheckpointError(f'{path}: refused, its data.pkl has {n:,} bytes, {_PICKLE_MAX:,} are allowed')
     return z
 
-# %% ../nbs/08_checkpoint.ipynb #a6ca5b0c
 def check_contents(f, path:Path):
     "Compare every byte with its checksum; a `CheckpointError` names the member that does not match."
     with check_structure(f, path) as z:
         try: bad = z.testzip()
-        except _ZIP_ERRORS as e: bad = str(e)
+        except Exception as e: bad = str(e)
     if bad: raise CheckpointError(f'{path} is damaged: the CRC of {bad} does not match')
 
 # %% ../nbs/08_checkpoint.ipynb #8f0999a3
@@ -145,86 +135,62 @@ def load_checkpoint(
     "Check and read a checkpoint; `FileNotFoundError`, or a `CheckpointError` that names the check that failed."
     import torch
     path = Path(path).expanduser()
-    try: f = open(path, 'rb')
-    except IsADirectoryError: raise CheckpointError(f'{path} is a folder, not a checkpoint file') from None
-    with f, torch.serialization.safe_globals([ExperimentConfig]):
+    if path.is_dir(): raise CheckpointError(f'{path} is a folder, not a checkpoint file')
+    with open(path, 'rb') as f, torch.serialization.safe_globals([ExperimentConfig]):
         check_contents(f, path)
         try:
             f.seek(0)
-            if unsafe := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f)): raise _refusal(path, unsafe)
+            unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
             f.seek(0)
-            state = torch.load(f, map_location='cpu', weights_only=True)
-        except CheckpointError: raise
+            state = None if unsafe else torch.load(f, map_location='cpu', weights_only=True)
         except Exception as e: # whatever a broken or hostile pickle brings up in the reader
             raise CheckpointError(f'{path} cannot be read: {e!r:.200}') from None
+    if unsafe:
+        raise CheckpointError(f'{path}: refused, it would run or make {unsafe[0]}; only plain types, tensors and '
+                              'lmnb.config.ExperimentConfig are read')
     return _checked(state, path, note, os.path.getsize(path))
 
-def _refusal(path, unsafe):
-    "One line for classes that a checkpoint must not name."
-    foreign = any(u.rpartition('.')[2]=='ExperimentConfig' for u in unsafe)
-    fault = f'{"its config is a class" if foreign else "refused, it would run or make"} {unsafe[0]}'
-    return CheckpointError(f'{path}: {fault}; only plain types, tensors and lmnb.config.ExperimentConfig are read')
-
 # %% ../nbs/08_checkpoint.ipynb #77221a9a
+_KEYS = dict.fromkeys(NINE+MORE, dict) | dict(
+    global_step=int, epoch=int, format_version=int, best_val_loss=(float, int), val_loss=(float, int),
+    config=(ExperimentConfig, dict), train_history=list, val_history=list, lineage=list)
+
 def _checked(state, path, note, size):
-    "The keys of a file that torch could read, each of its type."
+    "The keys of a file that torch could read, each of its type, and the config built anew."
     if not isinstance(state, dict): raise CheckpointError(f'{path} is no checkpoint: it holds a {type(state).__name__}')
     if type(v := state.get('format_version', FORMAT)) is not int or v!=FORMAT:
         raise CheckpointError(f'{path} has format_version {v!r:.20}, this lmnb reads {FORMAT}: upgrade lmnb')
     if missing := [k for k in NINE if k not in state]: raise CheckpointError(f'{path} lacks {", ".join(missing)}')
-    _check_config(path, state, note, size)
-    if absent := [k for k in MORE if k not in state]: note(f'{path.name} has no {", ".join(absent)}: not restored.')
-    for k in ('model_state_dict', 'optimizer_state_dict', 'scheduler_state_dict'): _is(path, state, k, dict)
-    for k in ('global_step', 'epoch'):
-        if _is(path, state, k, int)<0: raise CheckpointError(f'{path}: {k} is {state[k]}')
-    state['best_val_loss'] = float(_is(path, state, 'best_val_loss', float, int))
-    if state.get('val_loss') is not None: state['val_loss'] = float(_is(path, state, 'val_loss', float, int))
-    for k in ('train_history', 'val_history'): _check_history(path, state, k)
-    _check_more(path, state)
-    for k in ('model_state_dict', 'optimizer_state_dict'): state[k] = _without_prefixes(state[k])
-    return state
-
-def _check_config(path, state, note, size):
-    "A config built anew from the fields of the one in the file."
-    c = state['config']
-    if not isinstance(c, (dict, ExperimentConfig)): raise CheckpointError(f'{path}: its config is a {type(c).__name__}')
-    try: c,dropped = config_from(c)
+    for k,x in [(k, state.get(k)) for k in _KEYS if k in NINE or state.get(k) is not None]:
+        if type(x) is bool or not isinstance(x, _KEYS[k]): raise CheckpointError(f'{path}: {k} is a {type(x).__name__}')
+    try: c,dropped = config_from(state['config'])
     except ValueError as e: raise CheckpointError(f'{path}: its config is impossible: {e}') from None
-    state['config'] = c
     if dropped: note(f'{path.name}: unknown settings dropped: {", ".join(map(repr, dropped))}')
     if c.n_params>size:
         raise CheckpointError(f'{path}: n_layer={c.n_layer}, n_embd={c.n_embd}: too large for {size:,} bytes')
+    if absent := [k for k in MORE if k not in state]: note(f'{path.name} has no {", ".join(absent)}: not restored.')
+    _check_values(path, state)
+    state |= {k:float(state[k]) for k in ('best_val_loss', 'val_loss') if state.get(k) is not None}
+    state |= {k:_without_prefixes(state[k]) for k in ('model_state_dict', 'optimizer_state_dict')}
+    return state|dict(config=c)
 
 # %% ../nbs/08_checkpoint.ipynb #113fd4a1
-def _is(path, state, key, *kinds):
-    x = state[key]
-    if type(x) not in kinds and not (dict in kinds and isinstance(x, dict)):
-        raise CheckpointError(f'{path}: {key} is a {type(x).__name__}, not a {kinds[0].__name__}')
-    return x
-
 def _has(x, **kinds):
     "Whether `x` is a dict with these keys, each of one of its types."
     return isinstance(x, dict) and all(type(x.get(k)) in ts for k,ts in kinds.items())
 
-def _check_history(path, state, key):
-    "A list of records, each with a step and a loss, in the order of their steps."
-    before = 0
-    for r in _is(path, state, key, list):
-        if not _has(r, step=[int], loss=[int, float]) or not before<r['step']<=state['global_step']:
-            raise CheckpointError(f'{path}: {key} has a record that cannot be: {r!r:.80}')
-        before = r['step']
+def _check_values(path, state):
+    "Refuse what the types alone would let pass."
+    step = state['global_step']
+    if min(step, state['epoch'])<0: raise CheckpointError(f'{path}: global_step or epoch is below 0')
+    for k in ('train_history', 'val_history'):
+        for before,r in zip([dict(step=0), *state[k]], state[k]):
+            if not _has(r, step=[int], loss=[int, float]) or not before['step']<r['step']<=step:
+                raise CheckpointError(f'{path}: {k} has a record that cannot be: {r!r:.80}')
+    if (data := state.get('data_state')) and not _has(data, source=[str], fingerprint=[str], tokenizer=[str]):
+        raise CheckpointError(f'{path}: data_state lacks its source, fingerprint or tokenizer')
+    if not is_lineage(state.setdefault('lineage', []), step): raise CheckpointError(f'{path}: its lineage cannot be')
 
-def _check_more(path, state):
-    "The keys beside the nine."
-    for k in ('scaler_state_dict', 'rng_state', 'data_state', 'software'):
-        if state.get(k) is not None: _is(path, state, k, dict)
-    if data := state.get('data_state'):
-        for k in ('source', 'fingerprint', 'tokenizer'):
-            if not _has(data, **{k:[str]}): raise CheckpointError(f'{path}: data_state has no {k}')
-    if not is_lineage(state.setdefault('lineage', []), state['global_step']):
-        raise CheckpointError(f'{path}: its lineage cannot be')
-
-# %% ../nbs/08_checkpoint.ipynb #a2484e08
 def _without_prefixes(x):
     "Names without what torch.compile and DataParallel put before them."
     if isinstance(x, dict): return {_without_prefixes(k):_without_prefixes(v) for k,v in x.items()}
@@ -294,7 +260,7 @@ def _described(path):
                                wanted=j['names'], config=dict(vars(config)), software=software,
                                plan=j.get('scheduler_state_dict') or {})
     except CheckpointError as e: return out|dict(error=str(e))
-    except (*_ZIP_ERRORS, KeyError, TypeError, RecursionError, struct.error) as e:
+    except Exception as e: # whatever damage brings up in a reader
         return out|dict(error=f'{path} is damaged: its description cannot be read ({type(e).__name__})')
 
 # %% ../nbs/08_checkpoint.ipynb #f5ebcbb3

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'RUN_TIME', 'ExperimentConfig', 'preset', 'override', 'par
 
 # %% ../nbs/00_config.ipynb #f8fc2b76
 import difflib, math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from fastcore.basics import patch
 
@@ -55,8 +55,10 @@ class ExperimentConfig:
     compile:bool = False        # run the model through torch.compile
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
+        for k,kind in _FIELDS.items(): object.__setattr__(self, k, _typed(k, kind, getattr(self, k)))
         if wrong := _complaints(self): raise ValueError('; '.join(wrong))
+
+_FIELDS = {f.name:f.type for f in fields(ExperimentConfig)}
 
 # %% ../nbs/00_config.ipynb #57c9c5ef
 @patch(as_prop=True)
@@ -76,57 +78,44 @@ def n_params(self:ExperimentConfig)->int:
     return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
 
 # %% ../nbs/00_config.ipynb #3f2db332
+_KINDS = {int:'a whole number', float:'a finite number', bool:'True or False', str:'text',
+          tuple:'two numbers, such as 0.9,0.95'}
+
 def _typed(name, kind, value):
     "`value` as the field's type; a `ValueError` names field and value."
-    if kind is float and type(value) is int: value = float(value)
-    if kind is tuple and isinstance(value, (list, tuple)):
-        if len(value)!=2 or not all(type(b) in (int, float) for b in value):
-            raise ValueError(f'{name}={_cut(value)} must be two numbers, such as 0.9,0.95')
-        value = tuple(float(b) for b in value)
-    if type(value) is not kind: raise ValueError(f'{name}={_cut(value)} must be {_KINDS[kind]}')
-    if kind is float and not math.isfinite(value): raise ValueError(f'{name}={value!r} must be a finite number')
-    return value
-
-def _cut(value): return s if len(s := repr(value))<80 else s[:77]+'...'
-
-_KINDS = {int:'a whole number', float:'a number', bool:'True or False', str:'text',
-          tuple:'two numbers, such as 0.9,0.95'}
+    def real(x): return type(x) in (int, float) and abs(x)<1e300 # not nan, and no int that a float cannot hold
+    if kind is tuple: good = isinstance(value, (list, tuple)) and list(map(real, value))==[True, True]
+    else: good = real(value) if kind is float else type(value) is kind
+    if not good: raise ValueError(f'{name}={value!r:.80} must be {_KINDS[kind]}')
+    return tuple(map(float, value)) if kind is tuple else kind(value)
 
 # %% ../nbs/00_config.ipynb #0211c11c
 _CHOICES = dict(optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine'), bin_dtype=('uint16', 'uint32'),
                 device=('auto', 'cpu', 'cuda', 'mps'), amp=('auto', 'off', 'bf16', 'fp16'))
-_AT_LEAST = dict(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_kv_head=0, n_embd=2, batch_size=1,
-                 micro_batch_size=0, warmup_steps=0, max_steps=1, seed=0, save_interval=1, save_minutes=0,
-                 eval_interval=1, eval_batches=1, log_interval=1, weight_decay=0, grad_clip=0, keep_last=0)
-_SHARES = dict(dropout=(0, .99), val_fraction=(.0001, .9), cooldown_frac=(0, 1), min_lr_frac=(0, 1)) # ends included
-_AT_MOST = dict(block_size=2**20, vocab_size=2**24, batch_size=2**20, n_layer=2**14)
-_LIMIT = 10**12 # of every other whole number: a file from a stranger must not ask for all memory
+_MANY = 10**12 # of anything: a file from a stranger must not ask for all memory
+_BOUNDS = dict(vocab_size=(2, 2**24), block_size=(1, 2**20), n_layer=(1, 2**14), n_head=(1, _MANY),
+               n_kv_head=(0, _MANY), n_embd=(2, _MANY), dropout=(0, .99), val_fraction=(.0001, .9),
+               weight_decay=(0, math.inf), grad_clip=(0, math.inf), batch_size=(1, 2**20), micro_batch_size=(0, _MANY),
+               warmup_steps=(0, _MANY), max_steps=(1, _MANY), cooldown_frac=(0, 1), min_lr_frac=(0, 1),
+               seed=(0, _MANY), save_interval=(1, _MANY), save_minutes=(0, math.inf), eval_interval=(1, _MANY),
+               eval_batches=(1, _MANY), log_interval=(1, _MANY), keep_last=(0, _MANY)) # ends included
 
-# %% ../nbs/00_config.ipynb #2fba79e5
 def _complaints(c):
     "What is impossible in `c`, one sentence each."
-    wrong = [f'{k}={_cut(getattr(c, k))} must be one of {", ".join(v)}' for k,v in _CHOICES.items()
+    wrong = [f'{k}={getattr(c, k)!r:.80} must be one of {", ".join(v)}' for k,v in _CHOICES.items()
              if getattr(c, k) not in v]
-    wrong += [f'{k}={_cut(getattr(c, k))} must be at least {v}' for k,v in _AT_LEAST.items() if getattr(c, k)<v]
-    most = {f.name:_AT_MOST.get(f.name, _LIMIT) for f in fields(c) if f.type is int}
-    wrong += [f'{k}={_cut(getattr(c, k))} must be at most {v}' for k,v in most.items() if getattr(c, k)>v]
-    wrong += [f'{k}={getattr(c, k)} must lie between {lo} and {hi}' for k,(lo,hi) in _SHARES.items()
-              if not lo<=getattr(c, k)<=hi]
+    for k,(least,most) in _BOUNDS.items():
+        if (v := getattr(c, k))<least: wrong.append(f'{k}={v!r:.80} must be at least {least}')
+        if v>most: wrong.append(f'{k}={v!r:.80} must be at most {most}')
     if c.lr<=0: wrong.append(f'lr={c.lr} must be above 0')
     if not all(0<=b<1 for b in c.betas): wrong.append(f'betas={c.betas} must each be at least 0 and below 1')
     if c.keep_last==1: wrong.append('keep_last=1 would leave a single checkpoint: 0 keeps all, 2 or more the last ones')
-    if not wrong: wrong = _contradictions(c)
-    return wrong
-
-def _contradictions(c):
-    "Fields that are fine alone and not together."
-    wrong = []
+    if wrong: return wrong
     if c.n_embd%c.n_head: wrong.append(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
     elif c.head_dim%2:
         wrong.append(f'n_embd={c.n_embd} over n_head={c.n_head} gives heads of {c.head_dim}; it must be an even number')
     if c.n_head%c.n_kv: wrong.append(f'n_kv_head={c.n_kv_head} must divide n_head={c.n_head}')
-    if c.micro_batch_size>c.batch_size:
-        wrong.append(f'micro_batch_size={c.micro_batch_size} must be at most batch_size={c.batch_size}')
+    if c.micro_batch>c.batch_size: wrong.append(f'micro_batch_size={c.micro_batch} is above batch_size={c.batch_size}')
     return wrong
 
 # %% ../nbs/00_config.ipynb #53c84a16
@@ -156,8 +145,7 @@ def override(
     **changes,
 )->ExperimentConfig: # a new one
     "`config` with fields changed; a `ValueError` names an unknown field and the closest one."
-    names = [f.name for f in fields(ExperimentConfig)]
-    if bad := [_unknown('setting', k, names) for k in changes if k not in names]: raise ValueError('; '.join(bad))
+    if bad := [_unknown('setting', k, _FIELDS) for k in changes if k not in _FIELDS]: raise ValueError('; '.join(bad))
     return replace(config, **changes)
 
 # %% ../nbs/00_config.ipynb #f6607fba
@@ -166,16 +154,14 @@ def parse_setting(
     text:str, # its value as typed
 ): # the value in the field's type
     "Read one value by its field's type; a `ValueError` says which field, what came and what was allowed."
-    kinds = {f.name:f.type for f in fields(ExperimentConfig)}
-    if name not in kinds: raise ValueError(_unknown('setting', name, kinds))
-    try: return _READ[kinds[name]](text)
-    except (ValueError, OverflowError, KeyError):
-        raise ValueError(f'{name}={text} must be {_KINDS[kinds[name]]}') from None
+    if name not in _FIELDS: raise ValueError(_unknown('setting', name, _FIELDS))
+    try: return _READ[_FIELDS[name]](text)
+    except (ValueError, KeyError): raise ValueError(f'{name}={text} must be {_KINDS[_FIELDS[name]]}') from None
 
 def _whole(text):
     "`12`, `1e3`; not `1.5`."
     if text.lstrip('+-').isdigit(): return int(text)
-    if (number := float(text))!=int(number): raise ValueError
+    if not (number := float(text)).is_integer(): raise ValueError
     return int(number)
 
 _BOOLS = {'true':True, '1':True, 'yes':True, 'false':False, '0':False, 'no':False}
@@ -186,27 +172,22 @@ def parse_settings(
     pairs:list, # of `key=value` texts; the last one of a key wins
 )->dict: # field name to value
     "Read `--set key=value ...`; a `ValueError` names the pair that cannot be read."
-    out = {}
-    for pair in pairs:
-        name,eq,text = pair.partition('=')
-        if not eq: raise ValueError(f'{pair!r} must be key=value, such as lr=0.001')
-        out[name.strip()] = parse_setting(name.strip(), text.strip())
-    return out
+    if bad := [p for p in pairs if '=' not in p]: raise ValueError(f'{bad[0]!r} must be key=value, such as lr=0.001')
+    split = [[s.strip() for s in p.split('=', 1)] for p in pairs]
+    return {name:parse_setting(name, text) for name,text in split}
 
 # %% ../nbs/00_config.ipynb #76c494c4
 def config_from(
     given, # a dict, or an `ExperimentConfig` that was unpickled and not checked
 )->tuple: # the config, and the names that were dropped
     "Build a checked config from a file's fields; a `ValueError` names what is impossible."
-    given = dict(given if isinstance(given, dict) else vars(given))
-    known = {f.name for f in fields(ExperimentConfig)}
-    dropped = sorted(str(k) for k in given if k not in known)
-    return ExperimentConfig(**{k:v for k,v in given.items() if k in known}), dropped
+    given = given if isinstance(given, dict) else vars(given)
+    dropped = sorted(str(k) for k in given if k not in _FIELDS)
+    return ExperimentConfig(**{k:v for k,v in given.items() if k in _FIELDS}), dropped
 
 RUN_TIME = ('save_interval', 'save_minutes', 'eval_interval', 'log_interval', 'keep_last',
             'device', 'amp', 'compile', 'micro_batch_size') # what a resume may change
 
 def config_diff(a:ExperimentConfig, b:ExperimentConfig)->dict:
     "The fields in which `a` and `b` differ, as `{name: (in a, in b)}`."
-    x,y = asdict(a),asdict(b)
-    return {k:(x[k], y[k]) for k in x if x[k]!=y[k]}
+    return {k:(x, getattr(b, k)) for k,x in vars(a).items() if x!=getattr(b, k)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SOFT', 'EOT', 'stdlib_files', 'find_files', 'read_blocks', 'cut', 'documents', 'fingerprint',
-           'train_tokenizer', 'as_tokenizer', 'eot_id', 'cache_dir', 'id_dtype', 'cache_key', 'open_tokens', 'encode',
-           'token_file', 'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
+           'train_tokenizer', 'as_tokenizer', 'eot_id', 'cache_dir', 'cache_key', 'open_tokens', 'encode', 'token_file',
+           'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
 import codecs, csv, glob, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, tempfile, threading
@@ -35,30 +35,22 @@ def find_files(
 )->tuple: # list of (relative name, path), and the column or None
     "Resolve `source`; a `FileNotFoundError` or `ValueError` names it and says what is accepted."
     if source=='stdlib': return stdlib_files(),None
-    path = Path(source).expanduser()
-    if path.is_dir(): found = [(p.relative_to(path).as_posix(), p) for p in path.rglob('*')]
+    path,(name,_,column) = Path(source).expanduser(),source.rpartition(':')
+    if path.is_dir(): found = [(p.relative_to(path), p) for p in path.rglob('*')]
     elif path.exists(): return [(path.name, path)],None
-    elif any(c in source for c in '*?['): found = _globbed(path)
-    else: return _column_file(source)
-    files = sorted((n,p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in Path(n).parts))
-    if not files:
-        raise FileNotFoundError(f'no text files in {source}: give a file, a folder, a glob ("**/*.txt"), or stdlib')
-    return files,None
-
-def _globbed(path):
-    "What a glob finds, named from the last folder before its first wildcard."
-    root = Path(*itertools.takewhile(lambda part: not any(c in part for c in '*?['), path.parts))
-    return [(Path(p).relative_to(root).as_posix(), Path(p)) for p in glob.glob(str(path), recursive=True)]
-
-def _column_file(source):
-    "FILE:COLUMN; a path that exists as written was taken before."
-    name,_,column = source.rpartition(':')
-    path = Path(name).expanduser()
-    if not name or not path.is_file():
+    elif set(source)&set('*?['): # named from the last folder before the first wildcard
+        root = Path(*itertools.takewhile(lambda part: not set(part)&set('*?['), path.parts))
+        found = [(p.relative_to(root), p) for p in map(Path, glob.glob(str(path), recursive=True))]
+    elif not (path := Path(name).expanduser()).is_file():
         raise FileNotFoundError(f'data not found: {source} (looked in {Path.cwd()}); give a file, a folder, a glob, '
                                 'FILE:COLUMN or stdlib')
-    if path.name.removesuffix('.gz').endswith(('.jsonl', '.csv')): return [(path.name, path)],column
-    raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
+    elif _has_columns(path.name): return [(path.name, path)],column
+    else: raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
+    files = sorted((n.as_posix(), p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in n.parts))
+    if not files: raise FileNotFoundError(f'no text files in {source}: give a file, a folder, or a glob ("**/*.txt")')
+    return files,None
+
+def _has_columns(name): return name.removesuffix('.gz').endswith(('.jsonl', '.csv'))
 
 # %% ../nbs/01_data.ipynb #58af9e86
 PIECE,SOFT = 1_000_000,100_000 # characters of a piece: at most, and where lines allow
@@ -78,27 +70,20 @@ def read_blocks(
         raise ValueError(f'{path}: {suffix} files are not text; {_REFUSED[suffix]}, or give a glob such as "*.txt"')
     try:
         with (gzip.open if suffix=='.gz' else open)(path, 'rb') as f:
-            head = f.read(4)
+            head = f.read(8192)
             bom,encoding = next(((b,e) for b,e in _BOMS if head.startswith(b)), (b'', 'utf-8'))
             if encoding!='utf-8': note(f'{path} is read as {encoding.upper()}, by the mark at its start.')
-            yield from _decode(path, f, head[len(bom):], encoding, len(bom))
+            elif b'\0' in head:
+                raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob')
+            decoder,at,block = codecs.getincrementaldecoder(encoding)(),len(bom),head[len(bom):]
+            while True:
+                at -= len(decoder.getstate()[0]) # bytes of a character that the last block's end has cut
+                if text := decoder.decode(block, final=not block): yield text
+                if not block: return
+                at,block = f.tell(),f.read(PIECE)
     except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path}: damaged .gz ({e})') from None
-
-def _decode(path, f, block, encoding, done):
-    "Decode `f` block by block; a character cut by a block's end waits for the next."
-    decoder = codecs.getincrementaldecoder(encoding)()
-    while True:
-        more = f.read(PIECE)
-        if encoding=='utf-8' and b'\0' in block[:8192] and done<8192:
-            raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob')
-        waiting = len(decoder.getstate()[0])
-        try: text = decoder.decode(block, final=not more)
-        except UnicodeDecodeError as e:
-            at = done-waiting+e.start
-            raise ValueError(f'{path}: byte {at} is no {encoding.upper()}; convert the file to UTF-8') from None
-        done,block = done+len(block),more
-        if text: yield text
-        if not more: return
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path}: byte {at+e.start} is no {encoding.upper()}; convert the file to UTF-8') from None
 
 # %% ../nbs/01_data.ipynb #63e74806
 def cut(blocks):
@@ -118,12 +103,10 @@ def cut(blocks):
 # %% ../nbs/01_data.ipynb #5286a0bf
 def documents(files:list, column:str=None, note=lambda line: None):
     "All pieces of all documents, with a `None` between two documents."
-    first = True
-    for _,path in files:
-        for doc in ([read_blocks(path, note)] if column is None else ([row] for row in _rows(path, column))):
-            if not first: yield None
-            first = False
-            yield from cut(doc)
+    def of(path): return [read_blocks(path, note)] if column is None else ([row] for row in _rows(path, column))
+    for i,doc in enumerate(doc for _,path in files for doc in of(path)):
+        if i: yield None
+        yield from cut(doc)
 
 def _rows(path, column):
     "One field of each row of a `.jsonl` or `.csv`; a `ValueError` names the row that lacks it."
@@ -132,9 +115,8 @@ def _rows(path, column):
     rows = csv.DictReader(_lines(path)) if is_csv else (json.loads(l) for l in _lines(path) if l.strip())
     try:
         for i,row in enumerate(rows, 1):
-            if not isinstance(row, dict) or column not in row:
-                has = f'it has {", ".join(map(str, row))}' if isinstance(row, dict) else 'the row is no object'
-                raise ValueError(f'{path}: row {i} has no column {column!r}; {has}')
+            if column not in (row := row if isinstance(row, dict) else {}):
+                raise ValueError(f'{path}: row {i} has no column {column!r}; it has {", ".join(map(str, row)) or None}')
             yield str(row[column] or '')
     except (json.JSONDecodeError, csv.Error) as e: raise ValueError(f'{path}: row {i+1} cannot be read ({e})') from None
 
@@ -174,24 +156,20 @@ def train_tokenizer(
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    _heard(lambda: tok.train_from_iterator(_evenly(pieces, size), trainer))
-    return tok.to_str()
-
-def _heard(f):
-    "Run `f` in a thread, so that a signal is heard meanwhile."
+    failed = []
     def run():
-        try: f()
+        try: tok.train_from_iterator(_evenly(pieces, size), trainer)
         except BaseException as e: failed.append(e)
-    failed,worker = [],threading.Thread(target=run, daemon=True)
+    worker = threading.Thread(target=run, daemon=True) # so that a signal is heard meanwhile
     worker.start()
     while worker.is_alive(): worker.join(.1)
     if failed: raise failed[0]
+    return tok.to_str()
 
 def _evenly(pieces, size):
     "About `_SAMPLE` bytes of the corpus: a piece is taken whenever less than its share has been."
     seen = taken = 0
-    for p in pieces:
-        if p is None: continue
+    for p in filter(None, pieces):
         n = len(_bytes(p))
         if taken*max(size, _SAMPLE)<=seen*_SAMPLE: taken += n; yield p
         seen += n
@@ -227,8 +205,6 @@ def cache_dir(note=print)->Path:
     temp.mkdir(parents=True, exist_ok=True)
     return temp
 
-def id_dtype(n_ids:int): return np.dtype('uint16' if n_ids<=2**16 else 'uint32')
-
 def cache_key(contents:str, tokenizer:str)->str:
     "The name of a token file: a hash of the corpus' fingerprint and the tokenizer's JSON text."
     return hashlib.sha256(f'{contents}\n{tokenizer}'.encode()).hexdigest()[:32]
@@ -243,28 +219,22 @@ def open_tokens(folder:Path):
     return np.memmap(folder/'tokens.bin', dtype, 'r', shape=(n,)) if n else np.zeros(0, dtype)
 
 # %% ../nbs/01_data.ipynb #7823b1a3
-_BATCH = 1_000_000 # characters encoded at once: enough for every core, little for memory
-
-def encode(pieces, tok, out, dtype)->tuple:
-    "Append the ids of `pieces` to the open file `out`; their number, and the fingerprint of what was read."
-    h,n,batch,size = hashlib.sha256(),0,[],0
-    eot = eot_id(tok)
+def encode(pieces, tok, out, dtype)->str:
+    "Append the ids of `pieces` to the open file `out`; the fingerprint of what was read."
+    h,eot,batch,size = hashlib.sha256(),eot_id(tok),[],0
     def flush():
-        nonlocal n
-        codes = iter(tok.encode_batch_fast([p for p in batch if p is not None], add_special_tokens=False))
-        for p in batch:
-            ids = np.array(([] if eot is None else [eot]) if p is None else next(codes).ids, dtype=np.int64)
-            if len(ids) and ids.max()>np.iinfo(dtype).max: raise ValueError(f'id {ids.max()} does not fit {dtype}')
+        for p,code in zip(batch, tok.encode_batch_fast([p or '' for p in batch], add_special_tokens=False)):
+            ids = np.array(code.ids if p else [] if eot is None else [eot], np.int64)
+            if ids.max(initial=0)>np.iinfo(dtype).max: raise ValueError(f'id {ids.max()} does not fit {dtype}')
             out.write(ids.astype(dtype).tobytes())
-            n += len(ids)
         batch.clear()
     for p in pieces:
         h.update(_bytes(p))
         batch.append(p)
         size += len(p or '')
-        if size>=_BATCH: flush(); size = 0
+        if size>=PIECE: flush(); size = 0 # enough for every core, little for memory
     flush()
-    return n,h.hexdigest()[:32]
+    return h.hexdigest()[:32]
 
 # %% ../nbs/01_data.ipynb #6fca27f7
 def token_file(
@@ -283,8 +253,8 @@ def token_file(
         try:
             part.mkdir(parents=True)
             tok = as_tokenizer(tokenizer)
-            dtype = id_dtype(tok.get_vocab_size())
-            with open(part/'tokens.bin', 'wb') as f: n,read = encode(pieces(), tok, f, dtype)
+            dtype = np.dtype('uint16' if tok.get_vocab_size()<=2**16 else 'uint32')
+            with open(part/'tokens.bin', 'wb') as f: read,n = encode(pieces(), tok, f, dtype),f.tell()//dtype.itemsize
             if read!=contents: raise RuntimeError('the data changed while it was read; start again when it is still')
             (part/'meta.json').write_text(json.dumps(dict(n_tokens=n, dtype=str(dtype), contents=contents)))
             os.replace(part, folder)
@@ -300,10 +270,8 @@ class Corpus:
     source:str          # as the user gave it
     fingerprint:str     # of the contents
     tokenizer:str       # JSON text
-    def state_dict(self):
-        return dict(source=self.source, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+    def state_dict(self): return dict(source=self.source, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
 
-# %% ../nbs/01_data.ipynb #b738eb33
 def load_corpus(
     config:ExperimentConfig,
     saved:dict=None,           # a checkpoint's `data_state`, or None for a fresh run
@@ -314,106 +282,81 @@ def load_corpus(
     "Find, check and encode the data; `ValueError` and `FileNotFoundError` name the source and what would do."
     saved = saved or {}
     where = source or saved.get('source') or config.data
-    tokenizer = _given_tokenizer(config, saved)
-    root = cache_dir(note)
-    ids = None
-    if saved and source is None: ids = open_tokens(root/cache_key(saved['fingerprint'], saved['tokenizer']))
-    if ids is not None: contents = saved['fingerprint']
-    elif (Path(where).expanduser()/'train.bin').is_file():
-        return _bin_corpus(config, where, tokenizer, saved, allow_new_data)
-    else: contents,tokenizer,ids = _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note)
-    n_val = int(len(ids)*config.val_fraction)
-    return _long_enough(config, Corpus(ids[:len(ids)-n_val], ids[len(ids)-n_val:], where, contents, tokenizer))
+    tokenizer,root,known = _given_tokenizer(config, saved),cache_dir(note),{} if allow_new_data else saved
+    cached = open_tokens(root/cache_key(saved['fingerprint'], saved['tokenizer'])) if saved and source is None else None
+    if cached is not None: contents,ids = saved['fingerprint'],[cached]
+    elif (Path(where).expanduser()/'train.bin').is_file(): contents,ids = _bin_ids(config, where, tokenizer, known)
+    else: contents,tokenizer,ids = _text_ids(config, where, tokenizer, known, root, note)
+    train,val = ids if len(ids)==2 else np.split(ids[0], [len(ids[0])-int(len(ids[0])*config.val_fraction)])
+    T,n,m = config.block_size,len(train),len(val)
+    if min(n, m)<T+1:
+        raise ValueError(f'{where} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes {T+1} of '
+                         f'each (about {int((T+1)/config.val_fraction)+1} in all with val_fraction={config.val_fraction})')
+    return Corpus(train, val, where, contents, tokenizer)
 
+# %% ../nbs/01_data.ipynb #b738eb33
 def _given_tokenizer(config, saved):
     "The JSON text of the saved or named tokenizer, checked; None if one is to be trained."
     text = saved.get('tokenizer')
     if config.tokenizer:
-        path = Path(config.tokenizer).expanduser()
-        if not path.is_file(): raise FileNotFoundError(f'tokenizer not found: {config.tokenizer}')
-        named = path.read_text(encoding='utf-8')
-        if text is None: text = named
-        elif as_tokenizer(named).to_str()!=as_tokenizer(text).to_str():
-            prints = [hashlib.sha256(as_tokenizer(t).to_str().encode()).hexdigest()[:12] for t in (text, named)]
-            raise ValueError(f'{config.tokenizer} (fingerprint {prints[1]}) is not the tokenizer of the checkpoint '
-                             f'({prints[0]}); leave --tokenizer out')
+        named = Path(config.tokenizer).expanduser().read_text(encoding='utf-8')
+        text = text or named
+        its,ours = (hashlib.sha256(as_tokenizer(t).to_str().encode()).hexdigest() for t in (named, text))
+        if its!=ours:
+            raise ValueError(f'{config.tokenizer} (fingerprint {its:.12}) is not the tokenizer of the checkpoint '
+                             f'({ours:.12}); leave --tokenizer out')
     if text is not None and (n := max(as_tokenizer(text).get_vocab().values(), default=0)+1)>config.vocab_size:
         raise ValueError(f'the tokenizer has {n} ids, vocab_size={config.vocab_size}; set vocab_size={n} or more')
     return text
 
-# %% ../nbs/01_data.ipynb #7aa57363
-def _same_contents(contents, where, saved, allow_new_data):
+def _same_contents(contents, where, known):
     "Refuse other contents than the checkpoint's."
-    if not saved or allow_new_data or contents==saved['fingerprint']: return
-    hint = ' (stdlib differs between Python versions)' if 'stdlib' in (where, saved['source']) else ''
+    if not known or contents==known['fingerprint']: return
+    hint = ' (stdlib differs between Python versions)' if 'stdlib' in (where, known['source']) else ''
     raise ValueError(f'other data than the checkpoint was trained on{hint}: {where} has fingerprint {contents[:12]}, '
-                     f'the checkpoint {saved["fingerprint"][:12]} from {saved["source"]}; --data says where the same '
+                     f'the checkpoint {known["fingerprint"][:12]} from {known["source"]}; --data says where the same '
                      'data lies now, --allow-new-data goes on with this')
 
-def _text_tokens(config, where, tokenizer, saved, allow_new_data, root, note):
+# %% ../nbs/01_data.ipynb #7aa57363
+def _text_ids(config, where, tokenizer, known, root, note):
     "Fingerprint, tokenizer and ids of a text source."
     files,column = find_files(where)
-    for name,_ in files:
-        if column is None and name.removesuffix('.gz').endswith(('.jsonl', '.csv')):
-            note(f'{name} is trained on as it stands, syntax included; {where}:COLUMN reads one field.')
-            break
+    if raw := [n for n,_ in files if column is None and _has_columns(n)]:
+        note(f'{raw[0]} is trained on as it stands, syntax included; {where}:COLUMN reads one field.')
     contents,size = fingerprint(documents(files, column, note))
-    if not size: raise ValueError(f'{where} is empty: it takes at least {2*(config.block_size+1)} tokens')
-    _same_contents(contents, where, saved, allow_new_data)
+    _same_contents(contents, where, known)
     if tokenizer is None:
         path = root/f'{contents}-{config.vocab_size}.tokenizer.json'
         if not path.exists():
             note(f'Training a tokenizer on {where} ({size/1e6:,.1f} MB), once.')
-            _write_whole(path, train_tokenizer(documents(files, column), size, config.vocab_size))
+            part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
+            part.write_text(train_tokenizer(documents(files, column), size, config.vocab_size), encoding='utf-8')
+            os.replace(part, path)
         tokenizer = path.read_text(encoding='utf-8')
-    if open_tokens(root/cache_key(contents, tokenizer)) is None:
+    def pieces():
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
         if (free := shutil.disk_usage(root).free)<size:
             note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names a folder.')
-    return contents,tokenizer,token_file(root, contents, tokenizer, lambda: documents(files, column))
-
-# %% ../nbs/01_data.ipynb #d4ca00fd
-def _write_whole(path, text):
-    "Write a small file under a temporary name, then rename it."
-    part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
-    try:
-        part.write_text(text, encoding='utf-8')
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
-def _long_enough(config, corpus):
-    "Refuse what does not fill one window on both sides."
-    T,n,m = config.block_size,len(corpus.train),len(corpus.val)
-    if n<T+1 or m<T+1:
-        need = max(T+1, int((T+1)/config.val_fraction)+1)
-        raise ValueError(f'{corpus.source} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes '
-                         f'{T+1} of each (about {need} in all with val_fraction={config.val_fraction})')
-    return corpus
+        return documents(files, column)
+    return contents,tokenizer,[token_file(root, contents, tokenizer, pieces)]
 
 # %% ../nbs/01_data.ipynb #233aeba7
-def _bin_corpus(config, where, tokenizer, saved, allow_new_data):
-    "A folder with `train.bin` and perhaps `val.bin`, checked and fingerprinted in one pass."
-    if tokenizer is None:
-        raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer FILE (a tokenizer.json)')
-    root,h,out = Path(where).expanduser(),hashlib.sha256(),{}
-    dtype = np.dtype(config.bin_dtype).newbyteorder('<')
-    for name in ('train', 'val'):
-        if not (root/f'{name}.bin').exists(): continue
-        if (size := (root/f'{name}.bin').stat().st_size)%dtype.itemsize or not size:
-            raise ValueError(f'{root/name}.bin has {size} bytes, no whole {config.bin_dtype} ids; see bin_dtype')
-        out[name] = ids = np.memmap(root/f'{name}.bin', dtype, 'r')
-        h.update(name.encode())
-        for i in range(0, len(ids), PIECE):
-            block = ids[i:i+PIECE]
-            h.update(block.tobytes())
+def _bin_ids(config, where, tokenizer, known):
+    "Fingerprint and ids of `train.bin` and, if it is there, `val.bin`, checked in one pass."
+    if tokenizer is None: raise ValueError(f'{where} holds ids but no tokenizer; add --tokenizer TOKENIZER.JSON')
+    h,ids,dtype = hashlib.sha256(),[],np.dtype(config.bin_dtype).newbyteorder('<')
+    for file in (p for name in ('train.bin', 'val.bin') if (p := Path(where).expanduser()/name).exists()):
+        if (size := file.stat().st_size)%dtype.itemsize or not size:
+            raise ValueError(f'{file} has {size} bytes, no whole {config.bin_dtype} ids; see bin_dtype')
+        ids.append(np.memmap(file, dtype, 'r'))
+        h.update(file.stem.encode())
+        for block in np.array_split(ids[-1], len(ids[-1])//PIECE+1):
+            h.update(block)
             if block.max()>=config.vocab_size:
-                raise ValueError(f'{root/name}.bin holds id {block.max()}, beyond vocab_size={config.vocab_size}; '
+                raise ValueError(f'{file} holds id {block.max()}, beyond vocab_size={config.vocab_size}; '
                                  'set vocab_size, or bin_dtype if ids look wrong')
-    contents = h.hexdigest()[:32]
-    _same_contents(contents, where, saved, allow_new_data)
-    n = len(out['train'])
-    train,val = (out['train'], out['val']) if 'val' in out else np.split(out['train'], [n-int(n*config.val_fraction)])
-    return _long_enough(config, Corpus(train, val, where, contents, tokenizer))
+    _same_contents(contents := h.hexdigest()[:32], where, known)
+    return contents,ids
 
 # %% ../nbs/01_data.ipynb #195be1bf
 def _mix(x):
@@ -475,6 +418,5 @@ def val_batches(
 ):
     "The same validation windows each time, spread evenly, none twice, in pieces of `size`."
     n = n_windows(ids, block_size)
-    k = min(n_sequences, n)
-    which = np.arange(k)*n//k
+    which = np.arange(k := min(n_sequences, n))*n//k
     for i in range(0, k, size): yield _windows(ids, which[i:i+size], block_size)

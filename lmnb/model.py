@@ -15,25 +15,20 @@ from torch import Tensor, nn
 
 from .config import ExperimentConfig
 
-# %% ../nbs/02_model.ipynb #f2f08cb3
-torch.serialization.add_safe_globals([ExperimentConfig])
-
 # %% ../nbs/02_model.ipynb #2e6d827f
-class RMSNorm(nn.Module):
-    "Divide by the root mean square over the last axis, times a gain."
-    def __init__(self, n:int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-    def forward(self, x): # in float32 also under autocast
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6)
+torch.serialization.add_safe_globals([ExperimentConfig]) # so that `torch.load` opens a checkpoint as it stands
+
+class RMSNorm(nn.RMSNorm):
+    "Divide by the root mean square over the last axis, times a gain; in float32 also under autocast."
+    def __init__(self, n:int): super().__init__(n, eps=1e-6)
+    def forward(self, x): return super().forward(x.float())
 
 def rotary_table(
     n:int,        # positions
     head_dim:int, # channels of a head, D
-    theta:float=10_000.,
 )->tuple: # cos and sin, each (n, D) float32
     "Angles of every position; the second half of the channels repeats the first."
-    freq = theta**-(torch.arange(0, head_dim, 2).float()/head_dim)
+    freq = 10_000.**-(torch.arange(0, head_dim, 2).float()/head_dim)
     angle = torch.outer(torch.arange(n).float(), freq).repeat(1, 2)
     return angle.cos(),angle.sin()
 
@@ -60,9 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, start=0):
         B,T,_ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2) # (B, H, T, D)
-        k = self.k_norm(self.k(x).view(B, T, self.n_kv, self.head_dim)).transpose(1, 2)
-        v = self.v(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)
+        q,k,v = (f(x).view(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v)) # (B, T, H, D)
+        q,k,v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v)) # (B, H, T, D)
         q,k = rotate(q, cos, sin).to(v.dtype),rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             for kept,new in zip(cache, (k, v)): kept[:,:,start:start+T] = new
@@ -147,8 +141,7 @@ def pick(
 )->Tensor: # (B, 1) int64
     "Draw the next token."
     if temperature==0: return logits.argmax(-1, keepdim=True)
-    if 0<top_k<logits.shape[-1]:
-        logits = logits.masked_fill(logits<logits.topk(top_k).values[:,-1:], -math.inf)
+    if 0<top_k<logits.shape[-1]: logits = logits.masked_fill(logits<logits.topk(top_k).values[:,-1:], -math.inf)
     scaled = (logits.double().cpu()-logits.max().item())/temperature # the likeliest is 0: no temperature overflows
     return torch.multinomial(scaled.softmax(-1), 1, generator=rng).to(logits.device)
 
@@ -174,7 +167,7 @@ def generate(
         for _ in range(max_tokens):
             if idx.shape[1]>T: idx,held = idx[:,-max(1, T//2):],0                 # full: go on with the younger half
             if use_cache and held==0: cache = new_cache(model, idx.shape[0])
-            logits = model(idx[:,held:], cache=cache, start=held)[:,-1] if use_cache else model(idx)[:,-1]
+            logits = model(idx[:,held:], cache=cache, start=held)[:,-1]
             if allowed is not None: logits = logits.masked_fill(~allowed, -math.inf)
             token = pick(logits, temperature, top_k, rng)
             held,idx = idx.shape[1] if use_cache else 0,torch.cat((idx, token), 1)
@@ -195,9 +188,5 @@ def stream_text(
     if (text := tokenizer.decode(seen))!=shown: yield text[len(shown):] # a character that never became whole
 
 def text_ids(tokenizer, vocab_size:int)->Tensor:
-    "Which ids have a text, (V,) bool: those of the tokenizer's vocabulary that decode to something."
-    has = torch.zeros(vocab_size, dtype=torch.bool)
-    words = [i for i in tokenizer.get_vocab().values() if i<vocab_size]
-    texts = tokenizer.decode_batch([[i] for i in words])
-    has[[i for i,t in zip(words, texts) if t]] = True
-    return has
+    "Which ids have a text, (V,) bool: those that decode to something, as an unknown one does not."
+    return torch.tensor([text!='' for text in tokenizer.decode_batch([[i] for i in range(vocab_size)])])

@@ -10,20 +10,19 @@ __all__ = ['orthogonalize', 'has_bf16', 'Muon', 'AdamW', 'make_optimizers', 'set
 import inspect, math
 
 import torch
-from torch import Tensor, nn
+from fastcore.basics import groupby
+from torch import Tensor, nn, zeros_like
 
 from .config import ExperimentConfig
 
 # %% ../nbs/04_optim.ipynb #e095c07b
-_QUINTIC = (3.4445, -4.7750, 2.0315) # kellerjordan.github.io/posts/muon: steep at 0, where small singular values lie
-
 def orthogonalize(
     m:Tensor,                # a stack of matrices, (n, A, B)
     steps:int=3,             # iterations
     dtype=torch.float32,     # of the products
 )->Tensor: # (n, A, B) in `dtype`, singular values roughly 1
     "Newton–Schulz on a stack of matrices."
-    a,b,c = _QUINTIC
+    a,b,c = 3.4445, -4.7750, 2.0315 # kellerjordan.github.io/posts/muon: steep at 0, where small singular values lie
     x = m.to(dtype)
     if tall := x.shape[-2]>x.shape[-1]: x = x.mT
     x = x/x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -52,9 +51,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps))
         self.dtype,self.stacks = dtype,[]
         for group in self.param_groups:
-            by_shape = {}
-            for p in group['params']: by_shape.setdefault(p.shape, []).append(p)
-            for ps in by_shape.values():
+            for ps in groupby(group['params'], 'shape').values():
                 buf = torch.zeros((len(ps), *ps[0].shape), device=ps[0].device)
                 for p,b in zip(ps, buf): self.state[p]['momentum_buffer'] = b
                 self.stacks.append((group, ps, buf))
@@ -69,7 +66,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(ps, 1-g['lr']*g['weight_decay'])
             torch._foreach_add_(ps, update.unbind(), alpha=-g['lr']*.2*math.sqrt(max(ps[0].shape)))
 
-# %% ../nbs/04_optim.ipynb #16f918fb
+# %% ../nbs/04_optim.ipynb #d116cf35
 class AdamW(torch.optim.AdamW):
     "torch's AdamW, without what wraps its `step` for the compiler."
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
@@ -77,7 +74,6 @@ class AdamW(torch.optim.AdamW):
 for _method in vars(torch.optim.Optimizer).values(): # torch._disable_dynamo looks for this before it imports
     if _inner := getattr(_method, '__wrapped__', None): setattr(_inner, '__dynamo_disable', _inner)
 
-# %% ../nbs/04_optim.ipynb #d116cf35
 def make_optimizers(model:nn.Module, config:ExperimentConfig)->list: # each parameter is in one group of one of them
     "Muon and AdamW, or AdamW alone, as `config.optimizer` says."
     embed,norms,matrices = [],[],[]
@@ -91,8 +87,7 @@ def make_optimizers(model:nn.Module, config:ExperimentConfig)->list: # each para
     fused = dict(fused=True) if device in ('cpu', 'cuda') else dict(foreach=True)
     adamw = AdamW(rest if opts else [main, *rest], lr=config.lr, betas=config.betas, **fused)
     for p in (p for g in adamw.param_groups for p in g['params']):
-        moments = {k:torch.zeros_like(p) for k in ('exp_avg', 'exp_avg_sq')}
-        adamw.state[p].update(step=torch.zeros((), device=p.device), **moments)
+        adamw.state[p].update(step=torch.zeros((), device=p.device), exp_avg=zeros_like(p), exp_avg_sq=zeros_like(p))
     return [*opts, adamw]
 
 def set_lr(opts:list, lr:float):
@@ -106,7 +101,6 @@ def optim_state(model:nn.Module, opts:list)->dict:
     groups = [{**g, 'params':[names[p] for p in g['params']]} for o in opts for g in o.param_groups]
     return dict(state={names[p]:dict(s) for o in opts for p,s in o.state.items()}, param_groups=groups)
 
-# %% ../nbs/04_optim.ipynb #fc8710ff
 def _same_names(what, came, wanted):
     "Refuse a dict whose keys differ from what the running object has."
     if not isinstance(came, dict): raise ValueError(f'{what} is no dict')

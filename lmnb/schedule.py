@@ -46,10 +46,14 @@ class Plan:
     @property
     def max_steps(self)->int: return self.segments[-1]['max_steps']
 
+    def begun(self, step:int)->tuple:
+        "The segments that have begun after `step` steps."
+        return tuple(s for s in self.segments if s['from_step']<step) or self.segments[:1]
+
     def lr(self, k:int)->float:
         "The rate used in step `k`, counted from 1; 0 means before the first step."
         if k<1: return 0.
-        c,s = self.config,[s for s in self.segments if s['from_step']<k][-1]
+        c,s = self.config,self.begun(k)[-1]
         if s['kind']=='fall':
             end = min(c.min_lr_frac*c.lr, s['lr'])
             return end+(s['lr']-end)*max(0., 1-(k-s['from_step'])/(s['max_steps']+1-s['from_step']))
@@ -59,7 +63,8 @@ class Plan:
     def state_dict(self)->dict: return dict(segments=[dict(s) for s in self.segments])
 
 # %% ../nbs/03_schedule.ipynb #b9f8c9ae
-_KEYS = dict(straight=set(), climb={'lr', 'climb_steps'}, fall={'lr'})
+_STRAIGHT = dict(kind=str, from_step=int, max_steps=int)
+_TYPES = dict(straight=_STRAIGHT, fall=_STRAIGHT|dict(lr=float), climb=_STRAIGHT|dict(lr=float, climb_steps=int))
 
 def plan_from(
     config:ExperimentConfig,
@@ -67,16 +72,12 @@ def plan_from(
 )->Plan:
     "Rebuild a plan; a `ValueError` names what cannot be one."
     segments = state.get('segments') if isinstance(state, dict) and set(state)=={'segments'} else None
-    if not isinstance(segments, list) or not segments:
-        raise ValueError('scheduler_state_dict must be {"segments": [...]}')
+    if type(segments) is not list or not segments: raise ValueError('scheduler_state_dict must be {"segments": [...]}')
     before = -1
     for s in segments:
-        kind = s.get('kind') if isinstance(s, dict) else None
-        if not isinstance(kind, str) or kind not in _KEYS or set(s)!=_KEYS[kind]|{'kind', 'from_step', 'max_steps'}:
-            raise ValueError(f'scheduler_state_dict has a segment that is none of {", ".join(_KEYS)}: {s!r:.200}')
-        whole = all(type(s[k]) is int for k in ('from_step', 'max_steps')) and type(s.get('climb_steps', 1)) is int
-        ordered = whole and before<s['from_step']<s['max_steps'] and s.get('climb_steps', 1)>=1
-        if not ordered or type(s.get('lr', 0.)) is not float or not 0<=s.get('lr', 0.)<math.inf:
+        typed = isinstance(s, dict) and {k:type(v) for k,v in s.items()}==_TYPES.get(str(s.get('kind')))
+        possible = typed and before<s['from_step']<s['max_steps'] and s.get('climb_steps', 1)>=1
+        if not possible or not 0<=s.get('lr', 0)<math.inf:
             raise ValueError(f'scheduler_state_dict has an impossible segment: {s!r:.200}')
         before = s['from_step']
     if segments[0]['kind']!='straight' or segments[0]['from_step']!=0:
@@ -84,11 +85,6 @@ def plan_from(
     return Plan(config, tuple(dict(s) for s in segments))
 
 # %% ../nbs/03_schedule.ipynb #cab1ba72
-@patch
-def begun(self:Plan, step:int)->tuple:
-    "The segments that have begun after `step` steps."
-    return tuple(s for s in self.segments if s['from_step']<step) or self.segments[:1]
-
 @patch
 def before_fall(self:Plan, step:int)->bool:
     "Whether nothing up to `step` has seen the run's length."
@@ -104,9 +100,9 @@ def at_trunk(self:Plan, step:int)->bool:
 @patch(as_prop=True)
 def trunk_step(self:Plan)->int|None:
     "The last step before the cooldown, from which the run can be extended exactly; None if there is none."
-    last = self.segments[-1]
     step = fall_start(self.config, self.max_steps)
-    return step if last['from_step']<step<self.max_steps and self.at_trunk(step) else None # not inside a climb
+    begun = self.segments[-1]['from_step']<step<self.max_steps
+    return step if begun and self.at_trunk(step) else None # not inside a climb
 
 @patch
 def extended(self:Plan,
@@ -118,10 +114,9 @@ def extended(self:Plan,
     if max_steps<=step:
         raise ValueError(f'extend_steps={max_steps} must be above the checkpoint\'s step {step}: it is the new total')
     done,c,rate = self.begun(step),self.config,self.lr(step)
-    last,shorter = done[-1],max_steps<done[-1]['max_steps']
-    held_back = c.schedule=='cosine' or rate<straight_lr(c, last['max_steps'], step) # cosine, or inside a climb
-    if self.before_fall(step) and not (shorter and held_back):
-        if step<=fall_start(c, max_steps): return Plan(c, (*done[:-1], {**last, 'max_steps':max_steps}))
+    shorter = max_steps<done[-1]['max_steps']
+    if self.at_trunk(step) or self.before_fall(step) and not shorter: # cosine and climbs have no constant part to end
+        if step<=fall_start(c, max_steps): return Plan(c, (*done[:-1], {**done[-1], 'max_steps':max_steps}))
         shorter = True # no time for a whole cooldown: down at once
     add = dict(from_step=step, max_steps=max_steps, lr=rate)
     if shorter or straight_lr(c, max_steps, step+1)<rate: return Plan(c, (*done, dict(kind='fall', **add)))
