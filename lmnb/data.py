@@ -291,7 +291,7 @@ def load_corpus(
     T,n,m = config.block_size,len(train),len(val)
     if min(n, m)<T+1:
         raise ValueError(f'{where} has {n+m} tokens, {n} to train and {m} to validate; block_size={T} takes {T+1} of '
-                         f'each (about {int((T+1)/config.val_fraction)+1} in all with val_fraction={config.val_fraction})')
+                         f'each, about {int((T+1)/config.val_fraction)+1} in all at val_fraction={config.val_fraction}')
     return Corpus(train, val, where, contents, tokenizer)
 
 # %% ../nbs/01_data.ipynb #b738eb33
