@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .checkpoint import Checkpoint, describe, load_checkpoint
 from .config import ExperimentConfig, config_diff, config_from, parse_setting, preset
-from .history import History, Tail, duration, follow
+from .history import History, Tail, duration, follow, is_lineage
 from .rundir import RunBusy, RunDir, is_ours, list_checkpoints, started_at
 from .schedule import Plan, fall_start, plan_from
 
@@ -71,13 +71,15 @@ def _quiet_s(run)->float:
     except OSError: return 0.
 
 # %% ../nbs/11_background.ipynb #b01f3378
+_NO_RUNS = ('superseded', 'site-packages', 'node_modules', '__pycache__')
+
 def find_runs(
     root='.',  # folder to search, itself included
 )->list: # of `RunDir`, those with the latest sign of life first
     "All runs below `root`; not in `superseded/` or hidden folders."
     found = []
     for folder,dirs,files in os.walk(Path(root).expanduser()):
-        dirs[:] = sorted(x for x in dirs if x!='superseded' and not x.startswith('.'))
+        dirs[:] = sorted(x for x in dirs if x not in _NO_RUNS and not x.startswith('.'))
         ours = [f for f in files if is_ours(f) or f in ('metrics.jsonl', 'run.json')]
         if any(is_ours(f) for f in ours) or 'run.json' in ours: # a run that starts has no checkpoint yet
             found.append((max(_mtime(os.path.join(folder, f)) for f in ours), folder))
@@ -212,7 +214,7 @@ def update(self:Background):
     state = os.stat(self.run).st_mtime_ns,int(time.time()/60) # what changed in place is seen within a minute
     if state!=self.known: self.known,self.ckpts = state,list_checkpoints(self.run)
     if not self.tail.update(): return
-    begins = [e for e in self.tail.events if e['kind'] in ('start', 'resume')]
+    begins = [e for e in self.tail.events if e['kind'] in ('start', 'resume') and is_lineage(e.get('lineage'))]
     self.begin = begins[-1] if begins else {}
     self.session = [e for e in self.tail.events if e['kind']=='train' and e['segment']==self.begin.get('segment')]
 

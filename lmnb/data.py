@@ -8,7 +8,7 @@ __all__ = ['PIECE', 'SOFT', 'EOT', 'stdlib_files', 'find_files', 'read_blocks', 
            'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
-import codecs, csv, glob, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, tempfile, threading
+import codecs, csv, glob, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, tempfile, threading, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def read_blocks(
                 if text := decoder.decode(block, final=not block): yield text
                 if not block: return
                 at,block = f.tell(),f.read(PIECE)
-    except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path}: damaged .gz ({e})') from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f'{path}: damaged .gz ({e})') from None
     except UnicodeDecodeError as e:
         raise ValueError(f'{path}: byte {at+e.start} is no {encoding.upper()}; convert the file to UTF-8') from None
 

@@ -7,7 +7,8 @@ __all__ = ['clock', 'para', 'look', 'key', 'pre', 'event_line', 'headline', 'pac
            'ahead_html', 'ResumePanel', 'legend']
 
 # %% ../nbs/12_panel.ipynb #8e5019d7
-import os, re, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
+import os, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
+from functools import cache
 from html import escape
 from importlib import metadata, resources
 from pathlib import Path
@@ -21,7 +22,7 @@ from .background import Ahead, Background, clean_env, condition, find_runs, laun
 from .checkpoint import Checkpoint, describe
 from .config import PRESETS, parse_settings, preset
 from .history import duration, plain
-from .plots import BLUE, INK, OTHERS, draw_run, draw_runs, png, smooth
+from .plots import BLUE, INK, OTHERS, LivePicture, run_picture, runs_picture, smooth
 from .rundir import RunDir
 
 # %% ../nbs/12_panel.ipynb #0b0cf3eb
@@ -99,7 +100,7 @@ def below(v:Background, state:str, asked_s:float=0)->str:
 # %% ../nbs/12_panel.ipynb #ec0092a9
 def exactness(v:Background, c:Checkpoint)->str:
     "What a resume from `c` would be, as far as versions and the last run here tell."
-    here = dict(lmnb=__version__, torch=metadata.version('torch'))
+    here = dict(lmnb=__version__, torch=_version('torch'))
     if threads := os.environ.get('OMP_NUM_THREADS'): here['threads'] = threads # else the run takes the checkpoint's
     differs = [f'{k} {c.software.get(k, "unknown")} → {x}' for k,x in here.items() if str(c.software.get(k))!=x]
     if differs: return f'Not exact here ({escape(", ".join(differs))}): bits may differ.'
@@ -107,9 +108,11 @@ def exactness(v:Background, c:Checkpoint)->str:
     known = device and device==c.software.get('device') and v.now.host==socket.gethostname()
     return 'A resume from here is exact.' if known else 'The run says at its start whether it is exact.'
 
+_version = cache(metadata.version)
+
 def detail(v:Background, c:Checkpoint)->str:
     "The line below the list: whether `c` can be used, or why not."
-    if not c.error: return para(f'Checked. {exactness(v, c)}' if c.checked else 'Not checked yet: checking.')
+    if not c.error: return para(f'Checked. {exactness(v, c)}' if c.checked else 'Not checked yet'+('.' if v.now.alive else ': checking.'))
     other,why = v.find('latest'),c.error.removeprefix(str(c.path)).lstrip(': ').removeprefix('is damaged: ')
     return look(f'Step {c.step or 0:,} is damaged: {why}. '+(f'Choose step {other.step:,} instead.' if other else ''))
 
@@ -153,8 +156,9 @@ class ResumePanel(VBox):
         self.root,self.lock,self.done = Path(root).expanduser(),threading.RLock(),threading.Event()
         self.views,self.shown,self.follow = {},None,True # by folder; the chosen one; whether the latest stays chosen
         self.asked,self.answers,self.said,self.mute = {},(),'',False
-        self.listed = self.drawn = self.cost = 0.
+        self.listed = self.listing_s = self.drawn = self.cost = 0.
         self.picture = self.preview = self.writing = None
+        self.canvas = LivePicture()
         self.add_class('lmnb')
         self._build_head(); self._build_form(); self._build_tabs()
         left = VBox([self.legend, self.plot], layout=Layout(flex='3 1 420px', min_width='0'))
@@ -162,7 +166,7 @@ class ResumePanel(VBox):
         top = HBox([self.head, self.stop_button], layout=Layout(align_items='flex-start'))
         self.whole = (self.css, self.run, top, self.bar, self.spoken, self.notice, body, self.tabs)
         self._wire()
-        self.refresh()
+        self._try(self.refresh)
         self._watch(every_s)
 
     def close(self):
@@ -280,7 +284,7 @@ def refresh(self:ResumePanel):
 def _look(self:ResumePanel):
     "Look at what is due."
     with self.lock:
-        if time.time()-self.listed>3: self._list_runs()
+        if time.time()-self.listed>max(3, 50*self.listing_s): self._list_runs() # a home folder takes long to walk
         if (v := self.shown) is None: return self._show_empty()
         try: v.update()
         except FileNotFoundError:
@@ -295,7 +299,8 @@ def _look(self:ResumePanel):
 
 @patch
 def _check_one(self:ResumePanel, v):
-    "Read one checkpoint whole that was not yet; the chosen one first."
+    "Read one checkpoint whole that was not yet, the chosen one first; not while a training wants the cores."
+    if v.now.alive: return
     todo = sorted((c for c in v.ckpts if not c.checked and not c.error), key=lambda c: c is not self._chosen(v))
     if todo: describe(todo[0].path, check=True); v.known = None
 
@@ -309,8 +314,9 @@ def name(self:ResumePanel, v:Background)->str:
 @patch
 def _list_runs(self:ResumePanel):
     "The runs below `root`; one that is new gets a view, one that is gone loses it."
-    self.listed = time.time()
+    began = time.time()
     self.views = {str(r):self.views.get(str(r)) or Background(r) for r in find_runs(self.root)}
+    self.listed,self.listing_s = time.time(),time.time()-began
     def line(v):
         v.now = condition(v.run)
         return f'{self.name(v)}, '+('running' if v.now.alive else f'{v.now.state} at {v.step:,} of {v.total:,}')
@@ -436,10 +442,11 @@ def _draw(self:ResumePanel, v):
              self.across.value, self.logy.value]
     if shows==self.picture: return
     began,h = time.thread_time(),v.history
-    frame = dict(size=(4.4, 3.6), dpi=200, log=self.logy.value, legend=False)
-    if others: fig = draw_runs({self.name(v):h}|{n:o.history for n,o in others.items()}, self.across.value, **frame)
-    else: fig = draw_run(h, a.plan if a else v.plan(), a.c.step if a else None, **frame)
-    self._set(self.plot, value=png(fig, ground=False))
+    if others:
+        runs = {self.name(v):h}|{n:o.history for n,o in others.items()}
+        picture = runs_picture(runs, self.across.value, self.logy.value)
+    else: picture = run_picture(h, a.plan if a else v.plan(), a.c.step if a else None, self.logy.value)
+    self._set(self.plot, value=self.canvas.png(*picture))
     self._set(self.legend, value=legend(h, others))
     self.cost,self.drawn,self.picture = time.thread_time()-began,time.time(),shows
 

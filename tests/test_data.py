@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmnb.config import preset
-from lmnb.data import find_files, load_corpus
+from lmnb.data import find_files, load_corpus, read_blocks
 
 PEAK = r'''
 import re, sys
@@ -80,3 +80,11 @@ def test_bin_folder(tmp_path, config):
     assert len(corpus.train) == 900 and len(corpus.val) == 100
     np.full(900, 65535, np.uint16).tofile(tmp_path/'bin'/'train.bin')
     with pytest.raises(ValueError, match='id 65535, beyond vocab_size=400'): load_corpus(preset('small', **here, tokenizer=str(tmp_path/'tok.json')))
+
+
+@pytest.mark.parametrize('harm', [lambda b: b[:-9], lambda b: b[:40]+bytes(60)+b[100:], lambda b: b'\x1f\x8b'+b[2:4]])
+def test_a_damaged_gz_is_named(tmp_path, harm):
+    import random
+    whole = gzip.compress(random.Random(0).randbytes(3000).hex().encode())
+    (tmp_path/'t.gz').write_bytes(harm(whole))
+    with pytest.raises(ValueError, match=r't\.gz: damaged \.gz'): list(read_blocks(tmp_path/'t.gz'))

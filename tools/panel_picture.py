@@ -1,0 +1,50 @@
+"Makes nbs/images/panel.png: the panel in JupyterLab while a run of `small` is extended from its trunk. About four minutes."
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import expect
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT/'tests'))
+from browser import lab  # noqa: E402
+
+CODE = 'from lmnb import ResumePanel\nResumePanel("checkpoints")'
+
+
+def train(cwd, *args):
+    subprocess.run([sys.executable, '-m', 'lmnb.cli', 'train', '--quiet', *args], cwd=cwd, check=True)
+
+
+def picture(folder, out):
+    train(folder, '--config', 'small', '--max-steps', '300', '--save-interval', '100', '--eval-interval', '50',
+          '--checkpoint-dir', 'checkpoints/stdlib-small')
+    cell = dict(cell_type='code', source=CODE, metadata={}, outputs=[], execution_count=None)
+    (folder/'panel.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=4)))
+    home = folder/'home'
+    home.mkdir()
+    with lab.serve(lab.home_of_settings(home), folder, 'jupyter', 'lab') as address, lab.chromium() as browser:
+        nb = lab.Notebook(browser.new_page(), address, 'panel.ipynb')
+        nb.ask("jupyterapp.commands.execute('application:toggle-left-area')")
+        nb.run(0)
+        panel = lab.Panel(nb.page, nb)
+        panel['.lm-from input'].fill('trunk')
+        panel['.lm-to input'].fill('800')
+        panel['.lm-resume'].click()
+        panel['.lm-aside'].click()
+        panel.says('.lm-head', 'Running at', s=60)
+        lab.until(lambda: panel.step > 520, 300)
+        panel.pictures(2)
+        expect(panel['.lm-plot']).to_be_visible()
+        nb.page.locator('.lmnb').screenshot(path=out)
+        panel['.lm-stop'].click()
+        panel.says('.lm-head', 'Stopped')
+    Image.open(out).convert('RGB').quantize(128).save(out, optimize=True)
+    print(f'{out}: {out.stat().st_size/1e3:.0f} kB')
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory() as d: picture(Path(d), ROOT/'nbs/images/panel.png')
