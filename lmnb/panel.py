@@ -157,7 +157,7 @@ class ResumePanel(VBox):
         self.views,self.shown,self.follow = {},None,True # by folder; the chosen one; whether the latest stays chosen
         self.asked,self.answers,self.said,self.mute = {},(),'',False
         self.listed = self.listing_s = self.drawn = self.cost = 0.
-        self.picture = self.preview = self.writing = None
+        self.picture = self.rows = self.preview = self.writing = None
         self.canvas = LivePicture()
         self.add_class('lmnb')
         self._build_head(); self._build_form(); self._build_tabs()
@@ -269,8 +269,9 @@ def _set(self:ResumePanel, w, **traits):
     "Change what differs, as ours."
     before,self.mute = self.mute,True
     try:
-        for k,x in traits.items():
-            if getattr(w, k)!=x: setattr(w, k, x)
+        with w.hold_sync(): # one message: a choice that is under way must not meet half of it
+            for k,x in traits.items():
+                if getattr(w, k)!=x: setattr(w, k, x)
     finally: self.mute = before
 
 # %% ../nbs/12_panel.ipynb #b2bc6785
@@ -389,9 +390,10 @@ def _chosen(self:ResumePanel, v)->Checkpoint|None: return v.find('latest' if sel
 @patch
 def _show_list(self:ResumePanel, v):
     "The checkpoints, and the chosen one among them."
-    options,c = [(row(v, c), c.path.name) for c in v.ckpts],self._chosen(v)
-    if list(self.ckpt.options)!=options: self._set(self.ckpt, options=options, value=None)
-    self._set(self.ckpt, value=c.path.name if c else None)
+    c,shows = self._chosen(v),[str(v.run), int(time.time()/60), [(c.path.name, c.mtime, c.error) for c in v.ckpts]]
+    new = dict(options=[(row(v, c), c.path.name) for c in v.ckpts]) if shows!=self.rows else {} # ages once a minute
+    self.rows = shows
+    self._set(self.ckpt, **new, value=c.path.name if c else None)
     if self.follow: self._set(self.origin, value=str(c.step) if c else '')
 
 @patch
