@@ -239,6 +239,7 @@ def step_s(self:Background)->float|None:
     if len(s)>1 and s[-1]['step']>s[0]['step']: return (s[-1]['time']-s[0]['time'])/(s[-1]['step']-s[0]['step'])
     return s[-1].get('dt_ms', 0)/1e3 if s else self.now.step_s
 
+# %% ../nbs/11_background.ipynb #02fafb7f
 @patch(as_prop=True)
 def history(self:Background)->History: return follow(self.tail.events)
 

@@ -58,8 +58,6 @@ class ExperimentConfig:
         for k,kind in _FIELDS.items(): object.__setattr__(self, k, _typed(k, kind, getattr(self, k)))
         if wrong := _complaints(self): raise ValueError('; '.join(wrong))
 
-_FIELDS = {f.name:f.type for f in fields(ExperimentConfig)}
-
 # %% ../nbs/00_config.ipynb #57c9c5ef
 @patch(as_prop=True)
 def head_dim(self:ExperimentConfig)->int: return self.n_embd//self.n_head
@@ -76,6 +74,8 @@ def n_params(self:ExperimentConfig)->int:
     "Parameters: the embedding, what stands in the blocks with two norms each, and the last norm."
     attn = 2*self.n_embd*self.head_dim*(self.n_head+self.n_kv)+2*self.head_dim
     return self.vocab_size*self.n_embd+self.n_embd+self.n_layer*(attn+3*self.n_embd*self.n_ff+2*self.n_embd)
+
+_FIELDS = {f.name:f.type for f in fields(ExperimentConfig)}
 
 # %% ../nbs/00_config.ipynb #3f2db332
 _KINDS = {int:'a whole number', float:'a finite number', bool:'True or False', str:'text',

@@ -248,6 +248,7 @@ def _wire(self:ResumePanel):
     press(self.start_button, lambda: self.start(*(w.value for w in self.new_fields)))
     for i,b in enumerate(self.buttons): press(b, lambda i=i: self._answer(i))
 
+# %% ../nbs/12_panel.ipynb #87364afb
 @patch
 def _try(self:ResumePanel, f):
     "Call `f`; what goes wrong is said in the panel."
@@ -414,6 +415,7 @@ def _typed(self:ResumePanel):
     self._asking(None)
     self._look()
 
+# %% ../nbs/12_panel.ipynb #49e19c70
 @patch
 def _show_form(self:ResumePanel, v):
     "What a resume would do, and the button that does it."
@@ -543,6 +545,7 @@ def _pressed_resume(self:ResumePanel):
                  ('Branch instead', lambda: self.resume(a.c.path, total, branch)),
                  ('Set aside, resume', lambda: self.resume(a.c.path, total)), ('Cancel', lambda: self._asking(None)))
 
+# %% ../nbs/12_panel.ipynb #c79d0ef3
 @patch
 def _pressed_stop(self:ResumePanel):
     "Stop, or, when that has waited for half a minute, ask about a kill."
