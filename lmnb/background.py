@@ -49,8 +49,8 @@ def condition(
     run = RunDir(run_dir)
     j,state = run.status(),'stopped'
     try:
-        given = dict(step=int(j['step']), max_steps=int(j['max_steps']), pid=int(j.get('pid', 0)), host=str(j.get('host')),
-                     heard=float(j.get('heartbeat', 0)), step_s=j.get('step_s') and float(j['step_s']))
+        given = dict(step=int(j['step']), max_steps=int(j['max_steps']), pid=int(j.get('pid', 0)),
+                     host=str(j.get('host')), heard=float(j.get('heartbeat', 0)), step_s=j.get('step_s') and float(j['step_s']))
         if not math.isfinite(given['heard']+(given['step_s'] or 0)): raise ValueError('not finite')
         state = j.get('state')
         if state in ('starting', 'running', 'stopping'):
@@ -291,7 +291,8 @@ def rates(self:Ahead)->str:
     now = lr(step)
     if last['kind']=='fall': return f'LR down from {rate(now)} at once'
     rises = last['from_step']+last['climb_steps'] if last['kind']=='climb' else self.config.warmup_steps
-    top = max(range(step, max(step, min(rises, self.n))+1), key=lambda k: (lr(k), -k)) # the first step at the highest rate
+    until = max(step, min(rises, self.n))
+    top = max(range(step, until+1), key=lambda k: (lr(k), -k)) # the first step at the highest rate
     fall = max(fall_start(self.config, self.n), top)
     up = f'up from {rate(now)} to {rate(lr(top))} by {top:,}' if top>step else rate(now)
     return f'LR {up}'+(f', down from {fall:,}' if self.n>fall else '')
@@ -315,6 +316,7 @@ def space(self:Ahead)->str:
 def trunk(self:Ahead)->str:
     "What the trunk would do better, where there is one and it would."
     t,c = self.run.find('trunk'),self.c
-    if not t or t.error or t.step is None or t.step>=c.step or self.before.before_fall(c.step) or self.n<=self.before.max_steps: return ''
+    if not t or t.error or t.step is None or t.step>=c.step: return ''
+    if self.before.before_fall(c.step) or self.n<=self.before.max_steps: return '' # nothing to gain
     s = self.run.step_s
     return "Trunk gives a straight run's bits"+(f', +{duration((c.step-t.step)*s)}' if s else '')

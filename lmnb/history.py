@@ -65,7 +65,8 @@ def _sampled(path, n):
         rare = [(x.start(), x[1]) for x in _RARE.finditer(m, 0, end)]
         vals = [at for at,kind in rare if kind==b'val']
         found = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
-        found += [*range(0, end-_TAIL, end//n+1), *(end-_TAIL+x.start() for x in re.finditer(b'\n', m[end-_TAIL:end-1]))]
+        found += range(0, end-_TAIL, end//n+1)
+        found += [end-_TAIL+x.start() for x in re.finditer(b'\n', m[end-_TAIL:end-1])]
         starts = sorted({m.rfind(b'\n', 0, at+1)+1 for at in found})
         events = [_event(m[a:m.find(b'\n', a)]) for a in starts]
     return [e for e in events if e],end,events.count(None)

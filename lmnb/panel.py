@@ -7,7 +7,7 @@ __all__ = ['clock', 'para', 'look', 'key', 'pre', 'event_line', 'headline', 'pac
            'detail', 'row', 'ahead_html', 'ResumePanel', 'legend']
 
 # %% ../nbs/12_panel.ipynb #8e5019d7
-import os, re, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
+import os, re, shlex, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
 from functools import cache
 from html import escape
 from importlib import resources
@@ -83,7 +83,7 @@ def pace(v:Background)->str:
 # %% ../nbs/12_panel.ipynb #739c42b4
 def below(v:Background, state:str, asked_s:float=0)->str:
     "The line below the bar; `asked_s` seconds ago somebody pressed Stop."
-    shell,last,now = f'lmnb-runs --stop {escape(str(v.run))}',v.find('latest'),v.now
+    shell,last,now = f'lmnb-runs --stop {escape(shlex.quote(str(v.run)))}',v.find('latest'),v.now
     saved = f'Last save: step {last.step:,}.' if last else 'Nothing was saved yet.'
     redo = v.step-last.step if last else 0
     if redo>0: saved += f' A resume redoes {redo:,} steps'+(f' ({duration(redo*v.step_s)}).' if v.step_s else '.')
@@ -121,7 +121,8 @@ def torch_version()->str:
 
 def detail(v:Background, c:Checkpoint)->str:
     "The line below the list: whether `c` can be used, or why not."
-    if not c.error: return para(f'Checked. {exactness(v, c)}' if c.checked else 'Not checked yet'+('.' if v.now.alive else ': checking.'))
+    wait = 'Not checked yet.' if v.now.alive else 'Not checked yet: checking.'
+    if not c.error: return para(f'Checked. {exactness(v, c)}' if c.checked else wait)
     other,why = v.find('latest'),c.error.removeprefix(str(c.path)).lstrip(': ').removeprefix('is damaged: ')
     return look(f'Step {c.step or 0:,} is damaged: {why}. '+(f'Choose step {other.step:,} instead.' if other else ''))
 
@@ -336,7 +337,7 @@ def _list_runs(self:ResumePanel):
     options = [(line(v), p) for p,v in self.views.items()]
     shown = str(self.shown.run) if self.shown and str(self.shown.run) in self.views else None
     if list(self.run.options)!=options: self._set(self.run, options=options, value=shown)
-    if shown: return
+    if shown: return self._compare_with()
     self.shown = None
     if options: self.show(next((p for p,v in self.views.items() if v.now.alive), options[0][1]))
     else: self._size_up()
@@ -482,10 +483,14 @@ def legend(h, others:dict)->str:
 
 @patch
 def _compare_with(self:ResumePanel):
-    "A box to tick for each other run."
+    "A box to tick for each other run; what is ticked stays so."
+    rest = {p:v for p,v in self.views.items() if v is not self.shown}
+    have = {str(t.view.run):t for t in self.others.children}
+    if set(shown := list(rest)[:12])==set(have): return
     ticks = []
-    for v in [v for v in self.views.values() if v is not self.shown][:12]:
-        ticks.append(t := _make(Checkbox, 'lm-other', description=self.name(v), indent=False))
+    for p,v in ((p, rest[p]) for p in shown):
+        on = p in have and have[p].value
+        ticks.append(t := _make(Checkbox, 'lm-other', description=self.name(v), value=on, indent=False))
         t.view = v
         t.observe(lambda _: self._try(self.refresh), 'value')
     self.others.children = ticks

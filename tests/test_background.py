@@ -158,3 +158,31 @@ def test_another_file_at_the_same_path_begins_anew(tmp_path):
     (tmp_path/'metrics.jsonl').write_bytes(to_line(line | dict(step=9))+b'{"kind":"train","segm')
     seen.update()
     assert [e['step'] for e in seen.tail.events] == [9]
+
+
+def test_a_second_fit_does_not_count_the_pause(tmp_path):
+    lineage = [dict(id='a', from_step=0)]
+    def event(kind, **kw): return to_line(dict(kind=kind, segment='a', lr=.1, **kw))
+    told = [event('start', step=0, max_steps=1000, lineage=lineage, time=0), *[event('train', step=k, loss=2., time=k) for k in range(1, 101)],
+            event('resume', step=100, max_steps=1000, lineage=lineage, time=9000),
+            *[event('train', step=100+k, loss=2., time=9000+k) for k in range(1, 20)]]
+    (tmp_path/'metrics.jsonl').write_bytes(b''.join(told))
+    seen = Background(RunDir(tmp_path))
+    seen.update()
+    assert seen.step_s == pytest.approx(1)
+
+
+@pytest.mark.parametrize('words, step, to, said', [
+    (['schedule=cosine', 'max_steps=200'], 200, 400, 'up from'), (['max_steps=300'], 240, 600, 'LR 0.004, down from 480'),
+    (['max_steps=300'], 300, 600, 'up from 6.6e-5 to 0.004 by 350, down from 480'), (['max_steps=300'], 240, 250, 'down from 0.004 at once')])
+def test_the_preview_is_the_plan(tmp_path, words, step, to, said):
+    from types import SimpleNamespace
+
+    from lmnb.background import Ahead, rate
+    from lmnb.schedule import Plan
+    c = preset(**parse_settings([*TINY, *EVERY, *words]))
+    ckpt = SimpleNamespace(step=step, config=vars(c), plan=Plan.straight(c).state_dict(), size=1)
+    a = Ahead(SimpleNamespace(step_s=None, run=tmp_path, find=lambda _: None), ckpt, str(to))
+    assert said in a.rates()
+    top = max(a.plan.lr(k) for k in range(step, to+1))
+    assert rate(top) in a.rates() or 'at once' in a.rates()

@@ -190,3 +190,81 @@ def test_nothing_is_sent_that_did_not_change(panel):
         w.observe(lambda c: sent.append((c['owner'], c['name'])))
     for _ in range(3): panel._look()
     assert not sent
+
+
+def test_a_question_ends_with_its_run(panel, copy, monkeypatch):
+    shutil.copytree(copy, copy.parent/'other')
+    panel.refresh()
+    panel.show(copy)
+    panel.origin.value, panel.extend.value = '200', '400'
+    panel.resume_button.click()
+    assert panel.answers and panel.question.layout.display is None
+    panel.show(copy.parent/'other')
+    assert not panel.answers and panel.question.layout.display == 'none' and panel.resume_button.disabled
+    for b in panel.buttons: b.click()
+    assert not condition(copy).alive and not condition(copy.parent/'other').alive
+
+
+@pytest.mark.parametrize('harm', [lambda b: b[:len(b)//2], lambda b: b'junk'])
+def test_a_damaged_trunk_spoils_nothing_else(panel, copy, harm):
+    data = (copy/'trunk_model.pt').read_bytes()
+    (copy/'trunk_model.pt').unlink()
+    (copy/'trunk_model.pt').write_bytes(harm(data))
+    for _ in range(8): panel._look()
+    panel.origin.value, panel.extend.value = 'final', '400'
+    assert panel.resume_button.description == 'Resume at 300, go to 400' and 'Trunk' not in text(panel.ahead)
+
+
+def test_start_twice_is_once(tmp_path, monkeypatch):
+    from lmnb import background
+    p, begun = ResumePanel(tmp_path, every_s=1000), []
+
+    def popen(command, **kw):
+        begun.append(command)
+        return subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(9)'], **kw)
+    monkeypatch.setattr(background, 'subprocess', type('S', (), dict(Popen=staticmethod(popen), DEVNULL=subprocess.DEVNULL)))
+    for bad in '../out', '/elsewhere', '.hidden', 'superseded/x':
+        p.folder.value = bad
+        p.start_button.click()
+        assert 'must lie below' in text(p.notice) and not begun
+    p.folder.value = ''
+    for _ in range(2): p.start_button.click()
+    assert len(begun) == 1 and 'is starting' in text(p.notice)
+    p.stop(kill=True)
+    p.close()
+
+
+def test_stopping_that_another_asked_for_can_be_killed(panel, copy):
+    RunDir(copy).write_status(state='stopping', step=300, max_steps=400, pid=os.getpid(), pid_start=started_at(os.getpid()),
+                              host=socket.gethostname(), heartbeat=time.time())
+    panel._look()
+    assert panel.stop_button.description == 'Stop' and panel.stop_button.disabled
+    panel.asked = {k: t-31 for k, t in panel.asked.items()}
+    panel._look()
+    assert panel.stop_button.description == 'Kill' and not panel.stop_button.disabled
+
+
+@pytest.mark.parametrize('line', [b'{"kind":"save","segment":"a","step":1}', b'{"kind":"val","segment":"a","step":10,"loss":"nan","time":1}',
+                                  b'{"kind":"start","segment":"a","step":0,"lineage":"x","config":[],"time":1}'])
+def test_odd_events_stop_nothing(panel, copy, line):
+    with open(copy/'metrics.jsonl', 'ab') as f: f.write(line+b'\n')
+    panel._tick()
+    assert text(panel.notice) == '' and 'nan' not in text(panel.legend)
+    usable(panel)
+
+
+def test_compared_runs_come_and_go(panel, copy):
+    def boxes(): return {t.description: t.value for t in panel.others.children}
+    for name in 'b', 'c': shutil.copytree(copy, copy.parent/name)
+    panel.refresh()
+    panel.show(copy)
+    assert boxes() == dict(b=False, c=False)
+    next(t for t in panel.others.children if t.description == 'b').value = True
+    shutil.rmtree(copy.parent/'c')
+    shutil.copytree(copy, copy.parent/'d')
+    panel.refresh()
+    assert boxes() == dict(b=True, d=False) and 'b' in text(panel.legend).split()
+    shutil.rmtree(copy.parent/'b')
+    panel._tick()
+    panel.refresh()
+    assert boxes() == dict(d=False) and text(panel.notice) == ''
