@@ -50,7 +50,8 @@ def condition(
     j,state = run.status(),'stopped'
     try:
         given = dict(step=int(j['step']), max_steps=int(j['max_steps']), pid=int(j.get('pid', 0)),
-                     host=str(j.get('host')), heard=float(j.get('heartbeat', 0)), step_s=j.get('step_s') and float(j['step_s']))
+                     host=str(j.get('host')), heard=float(j.get('heartbeat', 0)),
+                     step_s=j.get('step_s') and float(j['step_s']))
         if not math.isfinite(given['heard']+(given['step_s'] or 0)): raise ValueError('not finite')
         state = j.get('state')
         if state in ('starting', 'running', 'stopping'):
