@@ -159,7 +159,8 @@ def go_back(self:RunDir, to:Checkpoint)->Path|None:
 @patch
 def new_run(self:RunDir)->Path|None:
     "Set aside the run that is here: the files that bear our names, and nothing else."
-    folder = self.set_aside([c.path for c in self.living()]+[self/n for n in ('metrics.jsonl', 'run.json')])
+    folder = self.set_aside([c.path for c in self.living()]+[self/'metrics.jsonl'])
+    if folder and (self/'run.json').exists(): shutil.copy2(self/'run.json', folder) # replaced in a moment; never absent
     if folder and (log := self/'train.log').exists(): # a copy: this may be what we write to
         shutil.copy2(log, folder)
         os.truncate(log, 0)
