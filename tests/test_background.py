@@ -112,7 +112,8 @@ def test_a_new_run_takes_the_old_log_aside(copy, text):
     run = launch(copy, LONG, new_run=True, data=str(text), max_steps=20)
     assert run.wait(60).state == 'finished'
     assert 'old words' in (copy/'superseded'/'1'/'train.log').read_text()
-    assert 'old words' not in run.log(50) and 'Finished at step 20' in run.log(50)
+    until(lambda: 'Finished at step 20' in run.log(50))  # said after run.json has it
+    assert 'old words' not in run.log(50)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
