@@ -8,6 +8,7 @@ __all__ = ['NO_RUNS', 'Condition', 'condition', 'find_runs', 'runs_table', 'stop
 
 # %% ../nbs/11_background.ipynb #5c40f8db
 import math, os, shutil, signal, socket, subprocess, sys, time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def condition(
 )->Condition:
     "How the run is; what cannot be in `run.json` counts as not said."
     run = RunDir(run_dir)
-    j,state = run.status(),'stopped'
-    try:
+    j = run.status()
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
         given = dict(step=int(j['step']), max_steps=int(j['max_steps']), pid=int(j.get('pid', 0)),
                      host=str(j.get('host')), heard=float(j.get('heartbeat', 0)),
                      step_s=j.get('step_s') and float(j['step_s']))
@@ -59,7 +60,6 @@ def condition(
             elif given['host']!=socket.gethostname(): state = 'elsewhere'
             elif state=='running' and _quiet_s(run)>max(30, 20*(given['step_s'] or 0)): state = 'silent'
         if state in Condition.STATES: return Condition(state, **given)
-    except (KeyError, TypeError, ValueError, OverflowError): state = 'stopped'
     last = next((c for c in run.living() if c.step is not None and not c.error), None)
     done = last and last.step==last.max_steps
     return Condition('finished' if done else 'stopped', last.step if last else 0, last.max_steps or 0 if last else 0)

@@ -360,6 +360,7 @@ def show(self:ResumePanel,
         self._compare_with()
         self._look()
 
+# %% ../nbs/12_panel.ipynb #e6674348
 @patch
 def _show_empty(self:ResumePanel):
     "No run yet: the form to start one."
@@ -554,6 +555,7 @@ def _size_up(self:ResumePanel):
     room = weight(12*n*c.n_params) # weights and two moments in float32, at most
     self._set(self.size, value=para(f'{what}; about {n} checkpoints, up to {room} of {weight(free)} free'))
 
+# %% ../nbs/12_panel.ipynb #aa2b7e17
 @patch
 def _pressed_start(self:ResumePanel):
     "Start once: a second press while the first one's run has not begun is a double click."
