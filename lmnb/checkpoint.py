@@ -136,7 +136,8 @@ def load_checkpoint(
     import torch
     path = Path(path).expanduser()
     if path.is_dir(): raise CheckpointError(f'{path} is a folder, not a checkpoint file')
-    with open(path, 'rb') as f, torch.serialization.safe_globals([ExperimentConfig]):
+    torch.serialization.add_safe_globals([ExperimentConfig]) # the context manager takes away what was allowed before it
+    with open(path, 'rb') as f:
         check_contents(f, path)
         try:
             f.seek(0)
