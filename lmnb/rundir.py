@@ -16,7 +16,7 @@ import psutil
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .checkpoint import Checkpoint, describe, link, load_checkpoint, replace, sync_folder
+from .checkpoint import Checkpoint, describe, link, load_checkpoint, replace, sync_folder, write_checkpoint
 from .history import say
 
 # %% ../nbs/09_rundir.ipynb #1d3a0f80
@@ -185,6 +185,13 @@ def take_name(self:RunDir, name:str, to:Checkpoint):
     "Give `name` to a living file; a trunk that loses it keeps its step's name."
     if name=='trunk_model.pt': self.keep_named(name, to.step)
     if not (self/name).exists() or not os.path.samefile(self/name, to.path): link(to.path, self/name)
+
+@patch
+def take_in(self:RunDir, c:Checkpoint):
+    "Make a file from elsewhere one of ours, under its step's name; one without a description is written anew with one."
+    old,c.path = c.path,self/step_name(c.step)
+    if c.plan: link(old, c.path)
+    else: write_checkpoint(load_checkpoint(old, note=lambda _: None), self.path, [c.path.name])
 
 @patch
 def keep_named(self:RunDir, name:str, step:int=None):

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from . import __version__
-from .checkpoint import CheckpointError, Writer, describe, link, load_checkpoint
+from .checkpoint import CheckpointError, Writer, describe, load_checkpoint
 from .config import RUN_TIME, ExperimentConfig, config_diff, override, preset
 from .data import as_tokenizer, eot_id, epochs_done, get_batch, load_corpus, val_batches
 from .history import Console, Events, follow, keep_record, lacking, read_events, say
@@ -93,7 +93,7 @@ def _setup(self:Trainer, config, saved, listeners, stop, quiet, **data):
     self.config = override(config, amp=resolve_amp(config, self.device))
     if self.config.amp=='bf16' and not has_bf16(self.device.type): say('bf16 is slow here: no instructions for it.')
     self.step,self.best_val_loss,self.named_best,self.bad_steps,self.saved_step = 0,math.inf,math.inf,0,None
-    self.train_history,self.val_history,self.segment_began,self.evaluated = [],[],False,0
+    self.train_history,self.val_history,self.segment_began,self.evaluated = [],[],False,dict(step=0, loss=None)
     with self.stop.listening(), self.stop.interruptible():
         self.corpus = load_corpus(self.config, saved.get('data_state'), note=say, **data)
     self.tokenizer = as_tokenizer(self.corpus.tokenizer)
@@ -176,28 +176,33 @@ def evaluate(self:Trainer)->float:
     return total/n
 
 # %% ../nbs/10_trainer.ipynb #f5bf6123
+@patch(as_prop=True)
+def val_loss(self:Trainer)->float|None:
+    "The validation loss of the present step; None if it was not evaluated."
+    return self.evaluated['loss'] if self.evaluated['step']==self.step else None
+
 @patch
 def _evaluation_due(self:Trainer)->bool:
     "Whether the present step is one to evaluate, and was not."
-    return self.step>self.evaluated and (self.step%self.config.eval_interval==0 or self.step==self.plan.max_steps)
+    due = self.step%self.config.eval_interval==0 or self.step==self.plan.max_steps
+    return due and self.step>self.evaluated['step']
 
 @patch
-def _evaluate_here(self:Trainer)->float|None:
-    "Evaluate and record; None if it could not be done."
+def _evaluate_here(self:Trainer):
+    "Evaluate and record, or warn that it could not be done."
     try:
         with self.stop.interruptible(): loss = self.evaluate()
-    except Stopped: return None
+    except Stopped: return
     except Exception as e: return self._warn('eval', f'evaluation at step {self.step} failed: {type(e).__name__}: {e}')
-    record,self.evaluated = dict(step=self.step, loss=loss),self.step
+    self.evaluated = record = dict(step=self.step, loss=loss)
     if self.step==self.plan.max_steps: self.val_history.append(record)
     else: keep_record(self.val_history, record, self.config.eval_interval)
     if math.isfinite(loss): self.best_val_loss = min(self.best_val_loss, loss)
     self.events.emit('val', **record)
-    return loss
 
 # %% ../nbs/10_trainer.ipynb #a2f8cfb7
 @patch
-def state_dict(self:Trainer, val_loss:float=None)->dict:
+def state_dict(self:Trainer)->dict:
     "What a checkpoint of the present step holds; its tensors are the live ones."
     c = self.config
     return dict(
@@ -205,30 +210,31 @@ def state_dict(self:Trainer, val_loss:float=None)->dict:
         scheduler_state_dict=self.plan.state_dict(), global_step=self.step,
         epoch=epochs_done(self.corpus.train, self.step, c.batch_size, c.block_size), best_val_loss=self.best_val_loss,
         config=override(c, max_steps=self.plan.max_steps), train_history=self.train_history,
-        val_history=self.val_history, format_version=1, val_loss=val_loss, scaler_state_dict=self.scaler.state_dict(),
+        val_history=self.val_history, format_version=1, val_loss=self.val_loss, scaler_state_dict=self.scaler.state_dict(),
         rng_state=dict(seed=c.seed, step=self.step), data_state=self.corpus.state_dict(),
         lineage=self.lineage, software=surroundings(c, self.device))
 
 # %% ../nbs/10_trainer.ipynb #d0b3997d
 @patch
-def _names_due(self:Trainer, val_loss)->list:
+def _names_due(self:Trainer)->list:
     "The names that this step's checkpoint gets; none if no file is due."
     k,last = self.step,self.step==self.plan.max_steps
+    best = self.val_loss is not None and self.val_loss<self.named_best
     due = {step_name(k): last or k%self.config.save_interval==0, WORDS['final']: last,
-           WORDS['trunk']: k==self.plan.trunk_step, WORDS['best']: val_loss is not None and val_loss<self.named_best}
+           WORDS['trunk']: k==self.plan.trunk_step, WORDS['best']: best}
     return [name for name,yes in due.items() if yes]
 
 @patch
-def _save(self:Trainer, names, val_loss=None):
+def _save(self:Trainer, names):
     "Hand a copy of the state to the writer; training goes on while it writes."
     self._collect()
     if bad := next((n for n,p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
         raise TrainingFailed(f'step {self.step} is not saved: {bad} is not finite. A lower lr in a new run may do')
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
-    if WORDS['best'] in names: self.named_best = val_loss
+    if WORDS['best'] in names: self.named_best = self.val_loss
     if WORDS['trunk'] in names:
         with self._disk_may_refuse(): self.run.keep_named(WORDS['trunk'], self.step)
-    self.writer.save(self.state_dict(val_loss), names)
+    self.writer.save(self.state_dict(), names)
     self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
     self._collect()
 
@@ -285,8 +291,8 @@ def _tell(self:Trainer, record, now):
 def _evaluate_and_save(self:Trainer):
     "Evaluate if due, then save under the names that are due; by the clock if none is."
     minutes = self.config.save_minutes
-    val_loss = self._evaluate_here() if self._evaluation_due() else None
-    if names := self._names_due(val_loss): self._save(names, val_loss)
+    if self._evaluation_due(): self._evaluate_here()
+    if names := self._names_due(): self._save(names)
     elif minutes and time.monotonic()-self.last_save>=60*minutes and not self.writer.busy: self._save([AUTO])
 
 # %% ../nbs/10_trainer.ipynb #ad2a0308
@@ -368,10 +374,8 @@ def _begin_resumed(self:Trainer):
     c = self.ckpt
     if aside := self.run.go_back(c): say(f'Set aside in {aside}: {", ".join(sorted(p.name for p in aside.iterdir()))}.')
     if self.where=='own' and is_ours(c.path.name): self.run.heal(self.lineage[-1]['run_id'])
-    else:
-        link(c.path, self.run/step_name(c.step))
-        c.path = self.run/step_name(c.step)
-    if self.early_trunk: self.run.take_name(WORDS['trunk'], c)
+    if not (self.where=='own' and is_ours(c.path.name) and c.plan): self.run.take_in(c)
+    if self.early_trunk or self.step==self.plan.trunk_step: self.run.take_name(WORDS['trunk'], c)
     if (aside or self.where=='aside') and (best := self.run.best(self._data_since())):
         self.run.take_name(WORDS['best'], best)
         if best.val_loss>self.best_val_loss:
@@ -560,7 +564,7 @@ def _restore(self:Trainer, path, saved, extend_steps, config, tokenizer, changes
     new,step = changed_config(old, changes),saved['global_step']
     before = plan_from(old, saved['scheduler_state_dict'])
     if not (extend_steps is None or extend_steps>0): raise ValueError(f'extend_steps={extend_steps} must be above 0')
-    self.done = extend_steps==step
+    self.done = extend_steps==step!=before.max_steps # complete as far as is asked; at the end, an evaluation may be due
     self.plan = before if extend_steps is None or self.done else before.extended(step, extend_steps)
     if config is not None and (d := config_diff(old, override(config, **{k:getattr(old, k) for k in RUN_TIME}))):
         say(f'--config is ignored; the checkpoint has {", ".join(f"{k} {a!r}, not {b!r}" for k,(a,b) in d.items())}.')
@@ -590,8 +594,8 @@ def _load(self:Trainer, saved):
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{what}: its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
     self.train_history,self.val_history = saved['train_history'],saved['val_history']
-    known = saved.get('val_loss') is not None or any(r['step']==self.step for r in self.val_history[-1:])
-    if known: self.evaluated = self.step
+    known = [dict(step=self.step, loss=saved.get('val_loss')), *self.val_history[-1:]] # an older file's, its last record
+    self.evaluated = next((r for r in known if r['loss'] is not None and r['step']==self.step), self.evaluated)
     self.best_val_loss = math.inf if self.new_data else saved['best_val_loss']
 
 @patch
