@@ -66,26 +66,11 @@ def events(run, kind):
     return [e for e in map(json.loads, lines) if e['kind'] == kind]
 
 
-def differences(a, b, skip=('software', 'lineage'), place=''):
-    "Where two checkpoints differ, bit by bit; versions and segment ids aside."
-    import torch
-    if isinstance(a, torch.Tensor):
-        raw = [t.view(torch.uint8) if t.ndim else t for t in (a, b)]
-        return [] if a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw) else [place]
-    if isinstance(a, dict):
-        names = [f'{place}: {a.keys() ^ b.keys()}'] if a.keys() != b.keys() else []
-        return names+[d for k in a if k in b and k not in skip for d in differences(a[k], b[k], skip, f'{place}/{k}')]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b): return [f'{place}: {len(a)} against {len(b)}']
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, skip, f'{place}/{i}')]
-    return [] if a == b else [f'{place}: {a!r} against {b!r}']
-
-
-def write_text(path, seed=0):
+def write_text(path, seed=0, lines=1500):
     "A text of made-up words; another seed gives another text."
     r = random.Random(seed)
     words = [''.join(r.choices('abcdefghijklmnopqrstuvwxyz', k=r.randint(2, 7))) for _ in range(200)]
-    path.write_text('\n'.join(f'def {" ".join(r.choices(words, k=8))}:' for _ in range(1500)), encoding='utf-8')
+    path.write_text('\n'.join(f'def {" ".join(r.choices(words, k=8))}:' for _ in range(lines)), encoding='utf-8')
     return path
 
 

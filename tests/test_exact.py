@@ -1,39 +1,116 @@
-"A run resumed in a new process is the unbroken run, in every tensor and number that a checkpoint holds."
+"Stopped any way, moved, extended: the bits are the straight run's; and \"exact\" is said only where it is true."
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from conftest import differences, train
+from conftest import TINY, events, train
+from exact import CHANGES, ENDS, FILES, Case, Lab, Leg, cases
+from hypothesis import HealthCheck, Phase, given, settings
 
-from lmnb import load_checkpoint
+import lmnb.trainer
+from lmnb import Trainer, load_checkpoint, preset
+from lmnb.check import differences
+from lmnb.config import parse_settings
+from lmnb.schedule import Plan
 
-TINY = ['vocab_size=300', 'block_size=32', 'n_layer=2', 'n_head=2', 'n_embd=32', 'dropout=0.1', 'warmup_steps=5', 'eval_batches=4',
-        'eval_interval=10', 'save_interval=30', 'cooldown_frac=0.25', 'batch_size=3', 'micro_batch_size=2']
-
-
-def run(text, *args):
-    "One run of the command in a process of its own."
-    done = train('--quiet', *args, cwd=text.parent)
-    assert done.code == 0, done.err
-    return done.out
-
-
-def same(a, b): assert differences(load_checkpoint(a), load_checkpoint(b)) == []
+DROPOUT = dict(dropout=.2, micro_batch_size=3)
+PRECISIONS = ('off', 'bf16', 'fp16')
 
 
-@pytest.mark.parametrize('amp', ['off', 'bf16', 'fp16'])
-def test_resumed_in_a_new_process(text, tmp_path, amp):
-    start = ['--config', 'small', '--data', text, '--max-steps', 60, '--set', *TINY, f'amp={amp}']
-    run(text, *start, '--checkpoint-dir', tmp_path/'straight')
-    said = run(text, '--resume', tmp_path/'straight'/'checkpoint_step_30.pt', '--checkpoint-dir', tmp_path/'branch')
-    assert 'exact' in said and 'not exact' not in said
-    for name in ('final_model.pt', 'trunk_model.pt', 'checkpoint_step_60.pt'): same(tmp_path/'straight'/name, tmp_path/'branch'/name)
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory): return Lab(tmp_path_factory.mktemp('lab'))
 
 
-def test_trunk_extended_is_the_straight_run(text, tmp_path):
-    start = ['--config', 'small', '--data', text, '--set', *TINY]
-    run(text, *start, '--max-steps', 60, '--checkpoint-dir', tmp_path/'short')
-    run(text, '--resume', 'trunk', '--extend-steps', 90, '--checkpoint-dir', tmp_path/'short')
-    run(text, *start, '--max-steps', 90, '--checkpoint-dir', tmp_path/'long')
-    same(tmp_path/'short'/'final_model.pt', tmp_path/'long'/'final_model.pt')
+@pytest.fixture
+def same(lab, tmp_path):
+    "Play a case; it must end in the undisturbed bits."
+    def check(*legs, changes={}, listeners=0, **training):
+        wrong, chain = lab.check(Case(legs, training, changes, listeners), tmp_path/'chain')
+        assert wrong == [] and chain.used['checkpoints compared']
+        return chain
+    return check
+
+
+@pytest.mark.parametrize('how', ENDS)
+def test_however_it_stopped(same, how):
+    amp = 'fp16' if how == 'after a skip' else PRECISIONS[list(ENDS).index(how) % 3]
+    stops = ((how, 6, 'latest'), (how, 9, 'latest'), (how, 2, 'latest'))
+    assert same(Leg(30, stops=stops), amp=amp, **DROPOUT).used[how] or how == 'kill -9 by the clock'  # may come too late
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_from_whichever_file(same, file):
+    stops = (('SIGTERM', 17, file), ('in an evaluation', 13, file))  # the second one at the end: a final file not evaluated yet
+    assert same(Leg(30, stops=stops), optimizer='adamw', **DROPOUT).used[f'from {file}']
+
+
+@pytest.mark.parametrize('amp', PRECISIONS)
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+@pytest.mark.parametrize('schedule', ['wsd', 'cosine'])
+def test_whatever_the_training(same, amp, optimizer, schedule):
+    "Stops inside warm-up, constant part and cooldown, in the middle of an epoch and past its end (after step 15)."
+    chain = same(Leg(40, stops=(('SIGINT', 3, 'latest'), ('kill -9 in a step', 14, 'latest'), ('SIGTERM', 20, 'latest'))),
+                 amp=amp, optimizer=optimizer, schedule=schedule, **DROPOUT)
+    assert chain.used['sessions'] == 4 and (chain.used['updates skipped'] > 0) == (amp == 'fp16')
+
+
+STOP = (('SIGTERM', 2, 'latest'), ('kill -9 in a step', 5, 'latest'))  # also inside a climb
+EXTENSIONS = {
+    'trunk': ((Leg(24), Leg(40, 'trunk', STOP)), 1),
+    'inside the warm-up': ((Leg(24), Leg(40, '8', STOP)), 1),
+    'the constant part': ((Leg(40), Leg(50, '24', STOP)), 1),
+    'the trunk of an extension': ((Leg(16), Leg(24, 'trunk', STOP), Leg(40, 'trunk', STOP)), 1),
+    'final': ((Leg(24), Leg(48, 'final', STOP)), 2),
+    'best': ((Leg(24), Leg(48, 'best', STOP)), 2),
+    'final, twice': ((Leg(16), Leg(30, 'final', STOP), Leg(48, 'final', STOP)), 3),
+    'the trunk after a climb': ((Leg(16), Leg(90, 'final', STOP), Leg(100, 'trunk', STOP)), 2),
+    'shortened in the constant part': ((Leg(60), Leg(32, '16', STOP)), 1),
+    'shortened too late for a cooldown': ((Leg(60), Leg(45, '40', STOP)), 2),
+}
+
+
+@pytest.mark.parametrize('what', EXTENSIONS)
+def test_extended(same, what):
+    "From before a cooldown it is the straight run of that length; elsewhere twice the same bits, plan included."
+    legs, segments = EXTENSIONS[what]
+    chain = same(*legs, **(dict(warmup_steps=12) if 'warm-up' in what else {}), **DROPOUT)
+    assert len(chain.plan.segments) == segments and chain.plan.max_steps == legs[-1].total
+
+
+def test_extended_cosine(same):
+    for source in ('best', 'final'): assert len(same(Leg(24), Leg(40, source, STOP), schedule='cosine').plan.segments) == 2
+
+
+@pytest.mark.parametrize('field', CHANGES)
+def test_what_changes_nothing(same, field):
+    same(Leg(40, stops=(('SIGTERM', 5, 'latest'), ('SIGTERM', 20, 'latest'))), changes={field: CHANGES[field][0]}, listeners=3)
+
+
+@settings(max_examples=12, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_random_chains(lab, tmp_path_factory, case):
+    wrong, _ = lab.check(case, tmp_path_factory.mktemp('random')/'chain')
+    assert wrong == []
+
+
+def skip_a_batch(trainer, saved): trainer.corpus.train = trainer.corpus.train[32:]
+def lose_a_moment(trainer, saved): trainer.opts[0].state[trainer.opts[0].param_groups[0]['params'][0]]['momentum_buffer'].zero_()
+def forget_the_scale(trainer, saved): trainer.scaler = torch.amp.GradScaler('cpu')
+def count_anew(trainer, saved): trainer.train_history = []
+
+
+@pytest.mark.parametrize('fault', [skip_a_batch, lose_a_moment, forget_the_scale, count_anew])
+def test_the_harness_sees_a_fault(lab, tmp_path, monkeypatch, fault):
+    load = Trainer._load
+    monkeypatch.setattr(Trainer, '_load', lambda self, saved: (load(self, saved), fault(self, saved)))
+    wrong, _ = lab.check(Case((Leg(30, stops=(('SIGTERM', 17, 'latest'),)),), dict(amp='fp16')), tmp_path/'chain')
+    assert any('final_model.pt' in w for w in wrong)
 
 
 def test_the_harness_sees_one_bit():

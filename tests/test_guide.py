@@ -9,9 +9,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY, ROOT, SHORT, TINY, command, differences, events, guided, train, tree, write_text
+from conftest import EVERY, ROOT, SHORT, TINY, command, events, guided, train, tree, write_text
 
 from lmnb import list_checkpoints, load_checkpoint, load_history, preset
+from lmnb.check import differences
 from lmnb.data import documents, find_files, fingerprint
 
 NINE = {'model_state_dict', 'optimizer_state_dict', 'scheduler_state_dict', 'global_step', 'epoch', 'best_val_loss',

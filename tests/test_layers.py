@@ -42,7 +42,7 @@ def loaded(code):
 
 
 def test_listing_runs_needs_no_torch(tmp_path):
-    assert not loaded(f'import lmnb, lmnb.cli, lmnb.background; print(lmnb.background.runs_table({str(tmp_path)!r}))') & {'torch', 'matplotlib'}
+    assert not loaded(f'import lmnb, lmnb.cli, lmnb.runs; print(lmnb.runs.runs_tree({str(tmp_path)!r}))') & {'torch', 'matplotlib'}
 
 
 TRAIN = """

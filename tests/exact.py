@@ -1,0 +1,326 @@
+"""Straight against stopped and resumed: chains of sessions, each ended in its own way, must end in the straight run's bits.
+
+    python tests/exact.py [CHAINS] [SEED]   random chains (200), a table of what was tried and how many differed
+
+A chain plays a `Case` in a folder, a process a session, and is compared with the same training undisturbed: every
+tensor and number of every checkpoint that both have, and the batch of every step.
+"""
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')
+
+import torch
+from conftest import events, write_text
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import lmnb.checkpoint
+import lmnb.trainer
+from lmnb import Trainer, load_checkpoint, preset
+from lmnb.check import differences
+from lmnb.checkpoint import describe
+from lmnb.rundir import AUTO, WORDS, NotFound, RunDir, step_name
+from lmnb.schedule import Plan, plan_from
+
+TINY = dict(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=16, n_kv_head=1, batch_size=4, warmup_steps=5, cooldown_frac=.25,
+            save_interval=8, eval_interval=4, eval_batches=2, log_interval=1)
+LEFT_OUT = dict(eval_interval={'val_history', 'best_val_loss', 'val_loss'}, log_interval={'train_history'})  # by what was changed
+
+
+@dataclass(frozen=True)
+class Leg:
+    "A part of a run's life: to a total number of steps, with sessions that end early on the way."
+    total: int
+    source: str = None   # trunk, best, final, or a step; None: the run's beginning
+    stops: tuple = ()    # of (how, after how many steps, the file to go on from)
+
+
+@dataclass(frozen=True)
+class Case:
+    legs: tuple
+    training: dict = field(default_factory=dict)  # settings beside `TINY`
+    changes: dict = field(default_factory=dict)   # run-time settings that each resume changes
+    listeners: int = 0                            # of which the first one raises
+
+
+# How a session ends ---------------------------------------------------------------------------------------------------
+
+def wrap(owner, name, before):
+    "Call `before` with the arguments of each call of a function."
+    f = getattr(owner, name)
+    def wrapped(*a, **k):
+        before(*a, **k)
+        return f(*a, **k)
+    setattr(owner, name, wrapped)
+
+
+class Fate:
+    "What is to happen to this process in or after step `at`."
+    def __init__(self, how, at, run): self.at, self.run, self.step, self.due = at, run, 0, True; ENDS[how](self)
+
+    def once(self, act, *a):
+        if self.due and self.step >= self.at: self.due = False; act(*a)
+
+    def in_step(self, act, *a): wrap(lmnb.trainer, 'get_batch', lambda *_, **k: self.once(act, *a))
+    def in_evaluation(self, act, *a): wrap(lmnb.trainer, 'val_batches', lambda *_, **k: self.once(act, *a))
+    def in_save(self, name, act, *a): wrap(lmnb.checkpoint, name, lambda *_, **k: self.once(act, *a))
+
+    def kill(self, number=signal.SIGKILL): os.kill(os.getpid(), number)
+    def touch(self): (self.run/'stop').touch()
+    def fail(self): raise RuntimeError('a fault put in on purpose')
+
+    def fill_the_disk(self):
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    def half_a_file(self):
+        def torn(state, f): f.write(b'PK'*5000); f.flush(); self.kill()
+        torch.save = torn
+
+    def after_a_skip(self):
+        def hear(event): self.once(self.kill, signal.SIGTERM) if event.get('code') == 'skip' else None
+        Trainer._display = lambda trainer: hear
+
+    def by_the_clock(self):
+        threading.Thread(target=lambda: (time.sleep(.012*self.at), self.kill()), daemon=True).start()
+
+
+ENDS = {
+    'SIGTERM': lambda f: f.in_step(f.kill, signal.SIGTERM),
+    'SIGINT': lambda f: f.in_step(f.kill, signal.SIGINT),
+    'SIGHUP': lambda f: f.in_step(f.kill, signal.SIGHUP),
+    'stop file': lambda f: f.in_step(f.touch),
+    'max-minutes': lambda f: None,  # an argument of `fit`: one step a session
+    'in an evaluation': lambda f: f.in_evaluation(f.kill, signal.SIGTERM),
+    'in a save': lambda f: f.in_save('write_checkpoint', f.kill, signal.SIGTERM),
+    'after a skip': lambda f: f.after_a_skip(),
+    'an error': lambda f: f.in_step(f.fail),
+    'disk full': lambda f: f.in_step(f.fill_the_disk),
+    'kill -9 in a step': lambda f: f.in_step(f.kill),
+    'kill -9 in an evaluation': lambda f: f.in_evaluation(f.kill),
+    'kill -9 in half a file': lambda f: f.in_step(f.half_a_file),
+    'kill -9 before a rename': lambda f: f.in_save('replace', f.kill),
+    'kill -9 between two names': lambda f: f.in_save('link', f.kill),
+    'kill -9 by the clock': lambda f: f.by_the_clock(),
+}
+FILES = ('latest', 'step', 'auto', 'best', 'trunk', 'final', 'folder', 'lone file', 'moved folder', '_orig_mod.', 'module.')
+
+
+# A session, in a process of its own -----------------------------------------------------------------------------------
+
+def forked(act, log):
+    "Run `act` in a child; the number that it returns, or that of the signal that killed it, negative."
+    if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 99
+    try:
+        with open(log, 'a') as sys.stdout: code = act()
+    except BaseException:
+        with open(log, 'a') as f: traceback.print_exc(file=f)
+    os._exit(code)
+
+
+def train(prepare, batches, how=None, at=0, listeners=0):
+    "Fit what `prepare` makes and end as `how` says; 0: finished, 3: stopped, 1: failed."
+    torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.**20, growth_interval=5)  # updates are skipped all along
+    def note(tokens, k, *rest):
+        x, y = fetch(tokens, k, *rest)
+        with open(batches, 'a') as f: f.write(f'{k} {hashlib.sha1(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest()}\n')
+        return x, y
+    fetch, lmnb.trainer.get_batch = lmnb.trainer.get_batch, note
+    heard = [lambda e: 1/0, *[lambda e: None]*(listeners-1)][:listeners]
+    t = prepare(listeners=heard, quiet=True)
+    if how:
+        fate = Fate(how, t.step+at, t.run.path)
+        wrap(lmnb.trainer, 'get_batch', lambda tokens, k, *rest: setattr(fate, 'step', k))
+    try: t.fit(max_minutes=1e-9 if how == 'max-minutes' else None)
+    except lmnb.trainer.TrainingFailed as e: print(e); return 1
+    return 3 if t.interrupted else 0
+
+
+# A chain of sessions --------------------------------------------------------------------------------------------------
+
+class Chain:
+    "Plays a case in `root`; `run` is the folder where it stands, `used` counts what was really tried."
+    def __init__(self, case, root, text, **sets):
+        self.case, self.root, self.run, self.used = case, root, root/'run', Counter()
+        self.config = preset('small', **TINY | case.training | dict(data=str(text), max_steps=case.legs[0].total) | sets)
+        self.plan = Plan.straight(self.config)
+        root.mkdir()
+
+    def play(self):
+        for leg in self.case.legs:
+            source = leg.source and self.find(leg.source)
+            if source: self.plan = self.plan.extended(step_of(source), leg.total)
+            self.source = source
+            for stop in (*leg.stops, None):
+                if self.session(source, leg.total, *stop[:2] if stop else (None, 0)) == 0: break
+                source = self.pick(stop[2])
+        return self
+
+    def find(self, source):
+        "A file to extend from; the latest where there is none of that name, as in a branch that began in its cooldown."
+        try: path = RunDir(self.run).find(source)
+        except NotFound: path, source = RunDir(self.run).find('latest'), 'latest'
+        self.used[f'extended from {source}'] += 1
+        return path
+
+    def session(self, source, total, how, after):
+        "One process, from the file `source` or the beginning; its code."
+        def prepare(**kw):
+            if source is None: return Trainer(self.config, self.run, **kw)
+            return Trainer.resume(source, self.run, extend_steps=total, **self.case.changes, **kw)
+        self.used['sessions'] += 1
+        batches = self.root/f'batches{self.used["sessions"]}.txt'
+        code = forked(partial(train, prepare, batches, how, after, self.case.listeners), self.root/'said.txt')
+        may = {'kill': -9, 'an error': 1, 'disk full': 1}.get(how and how.split(' -9')[0], 3)
+        assert code in ({0, may} if how else {0}), f'{how}: code {code}\n{self.said()}'
+        if code: self.used[how] += 1
+        return code
+
+    def said(self): return (self.root/'said.txt').read_text()
+
+    def leads(self, c):
+        "Whether the run goes on from a checkpoint by the plan of this leg."
+        try: return not c.error and plan_from(self.config, c.plan).extended(c.step, self.plan.max_steps) == self.plan
+        except ValueError: return False
+
+    def pick(self, name):
+        "What the next session goes on from: the file called `name` if there is one, else the latest; None if there is none."
+        living = [c.path for c in RunDir(self.run).living() if self.leads(c)]
+        if not living: return self.source
+        names = dict(step='checkpoint_step_', auto=AUTO, **WORDS)
+        found = [p for p in living if name in names and p.name.startswith(names[name])]
+        path = found[-1] if found else living[0]
+        whole = path == RunDir(self.run).latest(note=lambda _: None).path
+        if name == 'folder' and whole: path, found = self.run, True
+        if name == 'moved folder': path, found = self.moved(path), True
+        if name in ('lone file', '_orig_mod.', 'module.'): path, found = self.alone(path), True
+        if name.endswith('.'): with_prefix(path, name)
+        self.used[f'from {name if found or name == "latest" else "latest"}'] += 1
+        return 'latest' if name == 'latest' and whole else path
+
+    def moved(self, path):
+        self.run = self.run.rename(self.root/f'moved{self.used["sessions"]}')
+        return self.run/path.name
+
+    def alone(self, path):
+        "A copy in a folder of its own, carried on elsewhere: a branch."
+        copy = self.root/f'alone{self.used["sessions"]}'/'mine.pt'
+        copy.parent.mkdir()
+        shutil.copy(path, copy)
+        self.run = self.root/f'branch{self.used["sessions"]}'
+        return copy
+
+    def batches(self):
+        "Step to the hashes of the batches that it was trained on, in all sessions."
+        out = {}
+        for line in (l for p in self.root.glob('batches*.txt') for l in p.read_text().splitlines()):
+            out.setdefault(int(line.split()[0]), set()).add(line.split()[1])
+        return {k: v for k, v in out.items() if k <= self.plan.max_steps}
+
+
+def step_of(path): return describe(path).step
+
+
+def with_prefix(path, prefix):
+    "As saved by hand from a compiled or a data-parallel model."
+    state = torch.load(path, weights_only=True)
+    def put(d): return {prefix+k: v for k, v in d.items()}
+    optim = state['optimizer_state_dict']
+    groups = [g | dict(params=[prefix+n for n in g['params']]) for g in optim['param_groups']]
+    torch.save(state | dict(model_state_dict=put(state['model_state_dict']),
+                            optimizer_state_dict=dict(state=put(optim['state']), param_groups=groups)), path)
+
+
+# The comparison -------------------------------------------------------------------------------------------------------
+
+class Lab:
+    "A text, the undisturbed trainings, and what was found so far."
+    def __init__(self, root): self.root, self.known, self.text = Path(root), {}, write_text(Path(root)/'text.txt', lines=90)
+
+    def straight(self, case, plan):
+        "The training of `plan` in a session a segment, every step saved; kept, since many chains share it."
+        first, *more = plan.segments
+        legs = (Leg(first['max_steps']), *(Leg(s['max_steps'], str(s['from_step'])) for s in more))
+        key = repr((legs, case.training))
+        if key not in self.known:
+            chain = Chain(Case(legs, case.training), self.root/f'straight{len(self.known)}', self.text, save_interval=1)
+            self.known[key] = chain.play()
+        return self.known[key]
+
+    def check(self, case, name):
+        "Play a case: where it differs from the undisturbed training, and the chain."
+        chain = Chain(case, self.root/name, self.text).play()
+        straight = self.straight(case, chain.plan)
+        skip = {'software', 'lineage', 'save_interval', *case.changes}.union(*(LEFT_OUT.get(k, ()) for k in case.changes))
+        wrong = [l for l in chain.said().splitlines() if l.startswith('Resuming') and not l.endswith(': exact.')]
+        for c in RunDir(chain.run).living():
+            a, b = (load_checkpoint(p, note=lambda _: None) for p in (c.path, straight.run/step_name(c.step)))
+            if a['scheduler_state_dict'] != b['scheduler_state_dict'] and c.path.name != 'final_model.pt': continue # of an earlier leg
+            wrong += [f'{c.path.name}{d}' for d in differences(vars_of(a), vars_of(b), skip)]
+            chain.used['checkpoints compared'] += 1
+        if chain.batches() != straight.batches(): wrong.append('batches')
+        chain.used['updates skipped'] = sum(e['code'] == 'skip' for e in events(chain.run, 'warn'))
+        shutil.rmtree(chain.root)
+        return wrong, chain
+
+
+def vars_of(state): return state | dict(config=vars(state['config']))
+
+
+# Random cases ---------------------------------------------------------------------------------------------------------
+
+TRAINING = dict(
+    optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine'), dropout=(0., .2), amp=('off', 'bf16', 'fp16'), micro_batch_size=(0, 1, 3),
+    warmup_steps=(0, 5, 20), cooldown_frac=(.25, .5), min_lr_frac=(0., .1), n_kv_head=(1, 2), grad_clip=(0., .5), seed=(0, 1))
+CHANGES = dict(eval_interval=(3, 7), save_interval=(3, 50), log_interval=(2, 5), keep_last=(2, 3), save_minutes=(1e-9,))
+
+
+@st.composite
+def cases(draw):
+    "Any training, stopped in any ways, extended from anything."
+    training = {k: draw(st.sampled_from(v)) for k, v in TRAINING.items()}
+    changes = draw(st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in CHANGES.items()}))
+    stop = st.tuples(st.sampled_from(list(ENDS)), st.integers(1, 30), st.sampled_from(FILES))
+    def stops(least): return tuple(draw(st.lists(stop, min_size=least, max_size=4)))
+    legs = [Leg(draw(st.integers(10, 40)), None, stops(1))]
+    for _ in range(draw(st.integers(0, 2))):
+        sources = ['best', 'final', 'latest'] + ['trunk']*3*(training['schedule'] == 'wsd')
+        legs.append(Leg(legs[-1].total+draw(st.integers(4, 25)), draw(st.sampled_from(sources)), stops(0)))
+    return Case(tuple(legs), training, changes, draw(st.sampled_from((0, 0, 3))))
+
+
+def main(chains=200, start=0):
+    "Play random chains, print the table; exit 1 if one differed."
+    used, bad, lab = Counter(), [], Lab(tempfile.mkdtemp())
+    os.environ['LMNB_CACHE'] = str(lab.root/'cache')
+
+    @seed(start)
+    @settings(max_examples=chains, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def many(case):
+        used['chains'] += 1
+        try: wrong, chain = lab.check(case, f'chain{used["chains"]}')
+        except AssertionError as e: wrong, chain = [str(e)], None
+        used.update((chain.used if chain else Counter()) + Counter(f'{k}={v}' for k, v in [*case.training.items(), *((f'changed {k}', '') for k in case.changes)]))
+        if wrong: bad.append((case, wrong)); print(case, *wrong[:5], sep='\n  ', flush=True)
+    many()
+    shutil.rmtree(lab.root)
+    rows = '\n'.join(f'| {k} | {n} |' for k, n in sorted(used.items()))
+    print(f'| tried | times |\n|---|---|\n{rows}\n\n{used["chains"]} chains, {len(bad)} with a difference')
+    return bool(bad)
+
+
+if __name__ == '__main__': raise SystemExit(main(*map(int, sys.argv[1:])))
