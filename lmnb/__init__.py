@@ -9,7 +9,8 @@ _NAMES = {
     'plots': ('plot_runs',),
     'checkpoint': ('load_checkpoint',),
     'rundir': ('list_checkpoints',),
-    'trainer': ('Trainer', 'sample'),
+    'sampling': ('sample',),
+    'trainer': ('Trainer',),
     'background': ('launch', 'find_runs', 'attach', 'stop'),
     'panel': ('ResumePanel',),
 }

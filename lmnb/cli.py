@@ -122,7 +122,7 @@ def sample(argv=None, prog='lmnb-sample'):
 
 def _sample(a):
     "Print the prompt and what follows it, as it is made."
-    from lmnb.trainer import stream_sample
+    from lmnb.sampling import stream_sample
     pieces = stream_sample(a.checkpoint, a.prompt, a.max_tokens, a.temperature, a.top_k, a.seed, a.device, a.tokenizer,
                            note=say_error)
     say(a.prompt+next(pieces, ''), end='') # its errors come before the prompt is printed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'RUN_TIME', 'ExperimentConfig', 'preset', 'override', 'parse_setting', 'parse_settings', 'config_from',
-           'config_diff']
+           'config_diff', 'changed_config']
 
 # %% ../nbs/00_config.ipynb #f8fc2b76
 import difflib, math
@@ -185,9 +185,19 @@ def config_from(
     dropped = sorted(str(k) for k in given if k not in _FIELDS)
     return ExperimentConfig(**{k:v for k,v in given.items() if k in _FIELDS}), dropped
 
+# %% ../nbs/00_config.ipynb #c460ccee
 RUN_TIME = ('save_interval', 'save_minutes', 'eval_interval', 'log_interval', 'keep_last',
             'device', 'amp', 'compile', 'micro_batch_size') # what a resume may change
 
 def config_diff(a:ExperimentConfig, b:ExperimentConfig)->dict:
     "The fields in which `a` and `b` differ, as `{name: (in a, in b)}`."
     return {k:(x, getattr(b, k)) for k,x in vars(a).items() if x!=getattr(b, k)}
+
+def changed_config(old:ExperimentConfig, changes:dict)->ExperimentConfig:
+    "`old` with run-time settings changed; a `ValueError` names those that may not change at a resume."
+    diff = config_diff(old, override(old, **changes))
+    if bad := [k for k in diff if k not in RUN_TIME]:
+        hint = '; max_steps: --extend-steps' if 'max_steps' in bad else '; data: --data' if 'data' in bad else ''
+        raise ValueError(', '.join(f'{k}={diff[k][1]!r} (the checkpoint has {diff[k][0]!r})' for k in bad) +
+                         f' cannot change at a resume{hint}. What can: {", ".join(RUN_TIME)}')
+    return override(old, **changes)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIMIT', 'to_line', 'read_events', 'Tail', 'Events', 'keep_record', 'History', 'last_step_of', 'follow',
-           'is_lineage', 'load_history', 'lacking', 'say', 'plain', 'duration', 'Console']
+           'is_lineage', 'load_history', 'backfill', 'say', 'plain', 'duration', 'in_notebook', 'program', 'Console']
 
 # %% ../nbs/05_history.ipynb #4cbafe34
-import json, math, mmap, os, queue, re, sys, threading, time
+import json, math, mmap, os, queue, re, shlex, shutil, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -262,16 +262,22 @@ def load_history(
     return follow(events, skipped)
 
 # %% ../nbs/05_history.ipynb #d03303f5
-def lacking(
-    history:History,  # what the file has
-    lineage:list,     # of the checkpoint resumed
-    records:dict,     # 'train' and 'val' to a checkpoint's histories
-)->list: # of (kind, segment id, record)
-    "The records of a checkpoint that the file lacks."
+def backfill(
+    run_dir:Path,
+    lineage:list,  # of the run that goes on; its last segment is the one that writes
+    records:dict,  # 'train' and 'val' to a checkpoint's histories
+    tokens:int,    # of a step, which the records do not tell
+):
+    "Write the records of a checkpoint that the event file lacks."
     def owner(step): return ([s for s in lineage if s['from_step']<step] or lineage[:1])[-1]['id']
-    have = {kind:set(getattr(history, kind).get('step', ())) for kind in records}
-    out = [(kind, owner(r['step']), r) for kind,rs in records.items() for r in rs if r['step'] not in have[kind]]
-    return sorted(out, key=lambda x: x[2]['step'])
+    there = follow(read_events(Path(run_dir)/'metrics.jsonl')[0], lineage=lineage)
+    have = {kind:set(getattr(there, kind)['step']) for kind in records}
+    lacking = [(kind, r) for kind,rs in records.items() for r in rs if r['step'] not in have[kind]]
+    events = Events(run_dir, lineage[-1]['run_id'], lineage[-1]['id']) # nobody listens: these are no news
+    for kind,r in sorted(lacking, key=lambda x: x[1]['step']):
+        more = dict(tokens=r['step']*tokens) if kind=='train' else {}
+        events.emit(kind, **r, **more, segment=owner(r['step']))
+    events.close()
 
 # %% ../nbs/05_history.ipynb #95bed7c2
 def say(text:str, end:str='\n', stream:str='stdout'):
@@ -293,6 +299,20 @@ def duration(s:float)->str:
     if s<5400: return f'{s/60:.0f} min'
     if s<2*86400: return f'{s//3600:.0f} h {s%3600/60:02.0f} min'
     return f'{s//86400:.0f} d {s%86400/3600:.0f} h'
+
+# %% ../nbs/05_history.ipynb #2ff50865
+def in_notebook()->bool:
+    "Whether output goes to a notebook's cell."
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    return shell is not None and type(shell).__name__!='TerminalInteractiveShell'
+
+def program(name:str)->str:
+    "How to call one of our commands from where the user stands."
+    here = Path(sys.argv[0])
+    if here.name=='run_experiment.py' and name=='lmnb-train': return f'python {sys.argv[0]}'
+    beside = here.with_name(name)
+    if not here.name.startswith('lmnb-') or shutil.which(name)==str(beside): return name
+    return shlex.quote(os.path.relpath(beside))
 
 # %% ../nbs/05_history.ipynb #75d2d752
 class Console:

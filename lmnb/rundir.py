@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'AUTO', 'BEGAN', 'CODES', 'step_name', 'is_ours', 'RunExists', 'RunBusy', 'NotFound', 'RunDir',
-           'list_checkpoints', 'is_ancestor', 'started_at', 'Heartbeat', 'Stopped', 'Stop']
+           'list_checkpoints', 'is_ancestor', 'home_of', 'from_here', 'started_at', 'Heartbeat', 'Stopped', 'Stop']
 
 # %% ../nbs/09_rundir.ipynb #eea9703f
 import json, math, os, re, shutil, signal, socket, threading, time
@@ -216,6 +216,31 @@ def prune(self:RunDir, keep_last:int, now:Checkpoint)->list:
     gone = [c.path for c in periodic[keep_last:] if not any(os.path.samefile(c.path, n) for n in named)]
     for p in gone: p.unlink()
     return [p.name for p in gone]
+
+# %% ../nbs/09_rundir.ipynb #dfb7b5a4
+def home_of(
+    path:Path,           # absolute, of a checkpoint
+    checkpoint_dir=None, # the folder asked for
+)->tuple: # `RunDir`; 'own', 'aside' or 'branch': how the file lies to it
+    "The folder that a resume of `path` continues in; a `RunExists` if a branch would run into another run."
+    given = None if checkpoint_dir is None else RunDir(checkpoint_dir)
+    aside = path.parent.parent.name=='superseded' and RunDir(from_here(path.parent.parent.parent))
+    if aside and (not given or given.path.resolve()==aside.path.resolve()):
+        if (path.parent/'metrics.jsonl').exists() or (path.parent/'run.json').exists():
+            raise ValueError(f'{path} is of a run that was set aside; branch it: --resume {path} --checkpoint-dir NEW')
+        return aside,'aside'
+    others = {p.name for p in path.parent.iterdir()}-{path.name}
+    alone = not any(is_ours(n) or n in ('metrics.jsonl', 'run.json', 'superseded') for n in others)
+    home = given or RunDir('checkpoints' if alone else from_here(path.parent))
+    if home.path.resolve()==path.parent.resolve(): return home,'own'
+    if home.holds_run():
+        raise RunExists(f'{home} holds a run: --checkpoint-dir {home} --resume latest goes on; or branch elsewhere')
+    say(f'A branch of {from_here(path)}, in {home}.')
+    return home,'branch'
+
+def from_here(path):
+    "A path as seen from here, if it lies below."
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 # %% ../nbs/09_rundir.ipynb #e1182b40
 @patch

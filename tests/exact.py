@@ -27,12 +27,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import lmnb.checkpoint
-import lmnb.trainer
+import lmnb.engine
 from lmnb import Trainer, load_checkpoint, preset
 from lmnb.check import differences
 from lmnb.checkpoint import describe
 from lmnb.rundir import AUTO, WORDS, NotFound, RunDir, step_name
 from lmnb.schedule import Plan, plan_from
+from lmnb.trainer import TrainingFailed
 
 TINY = dict(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=16, n_kv_head=1, batch_size=4, warmup_steps=5, cooldown_frac=.25,
             save_interval=8, eval_interval=4, eval_batches=2, log_interval=1)
@@ -73,8 +74,8 @@ class Fate:
     def once(self, act, *a):
         if self.due and self.step >= self.at: self.due = False; act(*a)
 
-    def in_step(self, act, *a): wrap(lmnb.trainer, 'get_batch', lambda *_, **k: self.once(act, *a))
-    def in_evaluation(self, act, *a): wrap(lmnb.trainer, 'val_batches', lambda *_, **k: self.once(act, *a))
+    def in_step(self, act, *a): wrap(lmnb.engine, 'get_batch', lambda *_, **k: self.once(act, *a))
+    def in_evaluation(self, act, *a): wrap(lmnb.engine, 'val_batches', lambda *_, **k: self.once(act, *a))
     def in_save(self, name, act, *a): wrap(lmnb.checkpoint, name, lambda *_, **k: self.once(act, *a))
 
     def kill(self, number=signal.SIGKILL): os.kill(os.getpid(), number)
@@ -138,14 +139,14 @@ def train(prepare, batches, how=None, at=0, listeners=0):
         x, y = fetch(tokens, k, *rest)
         with open(batches, 'a') as f: f.write(f'{k} {hashlib.sha1(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest()}\n')
         return x, y
-    fetch, lmnb.trainer.get_batch = lmnb.trainer.get_batch, note
+    fetch, lmnb.engine.get_batch = lmnb.engine.get_batch, note
     heard = [lambda e: 1/0, *[lambda e: None]*(listeners-1)][:listeners]
     t = prepare(listeners=heard, quiet=True)
     if how:
         fate = Fate(how, t.step+at, t.run.path)
-        wrap(lmnb.trainer, 'get_batch', lambda tokens, k, *rest: setattr(fate, 'step', k))
+        wrap(lmnb.engine, 'get_batch', lambda tokens, k, *rest: setattr(fate, 'step', k))
     try: t.fit(max_minutes=1e-9 if how == 'max-minutes' else None)
-    except lmnb.trainer.TrainingFailed as e: print(e); return 1
+    except TrainingFailed as e: print(e); return 1
     return 3 if t.interrupted else 0
 
 

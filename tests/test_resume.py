@@ -137,7 +137,7 @@ def test_an_evaluation_that_fails_costs_no_save(config, tmp_path, monkeypatch):
 def test_ten_bad_steps_end_the_run_and_no_weight_is_bad(config, tmp_path):
     t = Trainer(changed(config, max_steps=200, save_interval=2), tmp_path/'a', quiet=True)
     t.fit(max_minutes=0)
-    t.forward = lambda x, y: t.model(x, y)*math.nan
+    t.engine.forward = lambda x, y: t.model(x, y)*math.nan
     with pytest.raises(TrainingFailed, match='ten steps in a row'): t.fit()
     for p in (tmp_path/'a').glob('*.pt'): assert all(v.isfinite().all() for v in load_checkpoint(p)['model_state_dict'].values())
     t = Trainer(changed(config, lr=3e38, optimizer='adamw', save_interval=2), tmp_path/'b', quiet=True)

@@ -10,12 +10,12 @@ from lmnb.config import parse_settings
 
 FAULTY = '''
 import sys
-from lmnb import cli, trainer
-load = trainer.Trainer._load
-def faulty(self, saved):
-    load(self, saved)
+from lmnb import cli, engine
+load = engine.Engine.load
+def faulty(self, *a):
+    load(self, *a)
     {}
-trainer.Trainer._load = faulty
+engine.Engine.load = faulty
 cli.train(sys.argv[1:])
 '''
 FAULTS = {
