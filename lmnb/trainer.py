@@ -17,7 +17,7 @@ from fastcore.basics import GetAttr, patch
 
 from .checkpoint import FORMAT, CheckpointError, Writer, describe, load_checkpoint
 from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, override, preset
-from .engine import Engine, surroundings, threads_as
+from .engine import Band, Engine, surroundings, threads_as
 from .history import Console, Events, backfill, in_notebook, keep_record, program, say
 from .rundir import (AUTO, BEGAN, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
@@ -56,7 +56,7 @@ def _setup(self:Trainer, listeners, stop, quiet, *args, **kw):
     self.listeners,self.stop,self.quiet,self.interrupted = listeners,stop or Stop(),quiet,None
     self.step,self.best_val_loss,self.named_best,self.saved_step = 0,math.inf,math.inf,None
     self.train_history,self.val_history,self.segment_began = [],[],False
-    self.evaluated = dict(step=0, loss=None) # the last evaluation
+    self.evaluated,self.band = dict(step=0, loss=None),Band() # the last evaluation; where losses usually lie
     with self.stop.listening(), self.stop.interruptible(): self.engine = Engine(*args, **kw)
     self.writer,self.known = Writer(self.run.path),self._on_disk()
 
@@ -210,6 +210,13 @@ def _loop(self:Trainer):
     if reason and self.step>first and self.saved_step!=self.step: self._save([AUTO])
 
 @patch
+def _spiked(self:Trainer, loss, mean, std):
+    "Warn of a loss far above its band, with the line that goes back to before it."
+    before = next((c for c in self.run.living() if c.step and c.step<self.step and not c.error), None)
+    back = f'; to go back: {self._command(str(before.path))}' if before else ''
+    self._warn('spike', f'step {self.step}: loss {loss:.3f} left its band ({mean:.3f} + 7 x {std:.3f}){back}')
+
+@patch
 def _skipped(self:Trainer, k):
     "Warn of a skipped update; ten in a row that nothing explains end the run."
     self._warn('skip', f'step {k}: loss or gradient is not finite, update skipped', k)
@@ -227,6 +234,7 @@ def _after_step(self:Trainer, record):
     self._evaluate_and_save()
     if self.failed_at is not None and now-self.failed_at>30: self.writer.retry()
     self._collect()
+    if left := self.band.leaves(record['loss']): self._spiked(record['loss'], *left)
 
 @patch
 def _tell(self:Trainer, record, now):
@@ -262,7 +270,8 @@ def _announce(self:Trainer):
     self.events = Events(self.run.path, segment['run_id'], segment['id'], [self._display()], self.listeners)
     both = dict(step=self.step, max_steps=n, command=sys.argv, versions=surroundings(self.config, self.device))
     about = dict(both, lineage=self.lineage, config=asdict(self.config), plan=self.plan.state_dict())
-    if self.step: about |= dict(parent=self.parent and str(self.parent), exact=not self.differs, differs=self.differs)
+    exact = self.engine.exactness(self.differs)=='exact'
+    if self.step: about |= dict(parent=self.parent and str(self.parent), exact=exact, differs=self.differs)
     self.events.emit('resume' if self.step else 'start', **about)
     self.beat = Heartbeat(self.run, self.stop, state='running', run_id=segment['run_id'], **both)
     self.dts,self.told,self.failed_at,self.last_save = [],-math.inf,None,time.monotonic() # the first step is told
@@ -345,7 +354,7 @@ def _command(self:Trainer, what, extend=None)->str:
     more = '' if not extend else f', extend_steps={extend}' if in_notebook() else f' --extend-steps {extend}'
     if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"{more}).fit()'
     where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {shlex.quote(str(self.run))}'
-    return f'{program("lmnb-train")} --resume {what}{more}{where}'
+    return f'{program("lmnb-train")} --resume {shlex.quote(what)}{more}{where}'
 
 @patch
 def _farewell(self:Trainer):
@@ -433,7 +442,8 @@ def _take_over(self:Trainer, path, saved):
     self.step,self.parent,self.ckpt = saved['global_step'],from_here(path),describe(path)
     self.ckpt.step,self.ckpt.lineage = self.step,saved['lineage'] # a foreign file's description lacks them
     self.train_history,self.val_history = saved['train_history'],saved['val_history']
-    known = [dict(step=self.step, loss=saved.get('val_loss')), *self.val_history[-1:]] # an older file's: its last record
+    self.band = Band(r['loss'] for r in self.train_history if r['step']>self.step-1000)
+    known = [dict(step=self.step, loss=saved.get('val_loss')), *self.val_history[-1:]] # older files: their record
     self.evaluated = next((r for r in known if r['loss'] is not None and r['step']==self.step), self.evaluated)
     if not self.engine.new_data: self.best_val_loss = saved['best_val_loss']
     self._join(saved['lineage'])
@@ -442,11 +452,9 @@ def _take_over(self:Trainer, path, saved):
 @patch
 def _resume_line(self:Trainer, before)->str:
     "What kind of resume it is, in one line."
-    kind = 'exact as far as the compiler repeats itself' if self.config.compile else 'exact'
-    if self.differs: kind = f'not exact ({", ".join(self.differs)}): bits may differ'
     seam,n = '',self.plan.max_steps
     if self.plan!=before:
         how = dict(straight='as if so long from the start', climb='the learning rate climbs back first',
                    fall='the learning rate falls from here')[self.plan.segments[-1]['kind']]
         seam = f' ({"extended" if n>before.max_steps else "shortened"} from {before.max_steps}, {how})'
-    return f'Resuming {self.parent} at step {self.step}, going to {n}{seam}: {kind}.'
+    return f'Resuming {self.parent} at step {self.step}, going to {n}{seam}: {self.engine.exactness(self.differs)}.'

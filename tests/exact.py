@@ -281,6 +281,16 @@ class Lab:
 def vars_of(state): return state | dict(config=vars(state['config']))
 
 
+def rounding(text, root, optimizer, amp, steps=60):
+    "The largest relative difference of a loss between whole batches and micro-batches of one sequence, without dropout."
+    losses = []
+    for micro in (0, 1):
+        sets = dict(data=str(text), max_steps=steps, optimizer=optimizer, amp=amp, micro_batch_size=micro)
+        t = Trainer(preset('small', **TINY | sets), Path(root)/f'micro-{optimizer}-{amp}-{micro}', quiet=True).fit()
+        losses.append([r['loss'] for r in t.train_history])
+    return max(abs(a-b)/a for a, b in zip(*losses, strict=True))
+
+
 # Random cases ---------------------------------------------------------------------------------------------------------
 
 TRAINING = dict(

@@ -1,25 +1,28 @@
 "Stopped any way, moved, extended: the bits are the straight run's; and \"exact\" is said only where it is true."
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
 
+import exact
 import pytest
 import torch
-from conftest import TINY, events, train
+from conftest import events
+from jupyter_client.manager import start_new_kernel
 from exact import CHANGES, ENDS, FILES, Case, Lab, Leg, cases
 from hypothesis import HealthCheck, Phase, given, settings
 
-from lmnb import Trainer, load_checkpoint, preset
+import lmnb.engine
+from lmnb import ResumePanel, Trainer, launch, load_checkpoint, preset
 from lmnb.check import differences
-from lmnb.config import parse_settings
 from lmnb.engine import Engine
-from lmnb.schedule import Plan
 
 DROPOUT = dict(dropout=.2, micro_batch_size=3)
 PRECISIONS = ('off', 'bf16', 'fp16')
+
+
+def wait_for(true, s=60):
+    end = time.time()+s
+    while not true():
+        assert time.time() < end
+        time.sleep(.02)
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +94,38 @@ def test_what_changes_nothing(same, field):
     same(Leg(40, stops=(('SIGTERM', 5, 'latest'), ('SIGTERM', 20, 'latest'))), changes={field: CHANGES[field][0]}, listeners=3)
 
 
+def test_a_watching_panel_changes_nothing(lab, tmp_path):
+    config = preset('small', **exact.TINY | DROPOUT | dict(data=str(lab.text), max_steps=150))
+    run, panel = launch(tmp_path/'watched', config), ResumePanel(tmp_path, every_s=.05)
+    run.wait(60)
+    panel.close()
+    Trainer(config, tmp_path/'alone', quiet=True).fit()
+    a, b = (load_checkpoint(tmp_path/d/'final_model.pt') for d in ('watched', 'alone'))
+    assert differences(a, b, ('lineage', 'software')) == []
+
+
+def test_interrupted_in_a_notebook(lab, tmp_path):
+    "As Interrupt Kernel does it, twice; the cell that goes on is run again."
+    config = preset('small', **exact.TINY | DROPOUT | dict(data=str(lab.text), max_steps=400))
+    cell = f'from lmnb import Trainer, ExperimentConfig\nTrainer.resume("latest-or-new", {str(tmp_path/"cut")!r}, config={config!r}).fit()'
+    manager, kernel = start_new_kernel(extra_arguments=['--HistoryManager.enabled=False'])
+    try:
+        for seen in (0, 1):
+            kernel.execute(cell)
+            wait_for(lambda: (tmp_path/'cut'/'metrics.jsonl').exists() and len(events(tmp_path/'cut', 'train')) > 20*(1+seen*4))
+            manager.interrupt_kernel()
+            wait_for(lambda: len(events(tmp_path/'cut', 'stop')) > seen)
+        assert kernel.execute_interactive(cell, timeout=60, output_hook=lambda m: None)['content']['status'] == 'ok'
+    finally: manager.shutdown_kernel(now=True)
+    Trainer(config, tmp_path/'alone', quiet=True).fit()
+    a, b = (load_checkpoint(tmp_path/d/'final_model.pt') for d in ('cut', 'alone'))
+    assert differences(a, b, ('lineage', 'software')) == [] and len(a['lineage']) == 3
+
+
+def test_micro_batches_differ_by_rounding(lab):
+    assert 0 < exact.rounding(lab.text, lab.root, 'muon', 'off') < 1e-4
+
+
 @settings(max_examples=12, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
           suppress_health_check=list(HealthCheck))
 @given(case=cases())
@@ -111,6 +146,83 @@ def test_the_harness_sees_a_fault(lab, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(Engine, 'load', lambda self, *a: (load(self, *a), fault(self)))
     wrong, _ = lab.check(Case((Leg(30, stops=(('SIGTERM', 17, 'latest'),)),), dict(amp='fp16')), tmp_path/'chain')
     assert any('final_model.pt' in w for w in wrong)
+
+
+# What is said of it ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def stopped(lab, tmp_path):
+    "A run that was stopped after its first step, on one thread."
+    config = preset('small', **exact.TINY | dict(data=str(lab.text), max_steps=30))
+    Trainer(config, tmp_path/'run', quiet=True).fit(max_minutes=0)
+    return tmp_path/'run'/'checkpoint_auto.pt'
+
+
+def without(key):
+    def remove(path, *_): torch.save({k: v for k, v in torch.load(path).items() if k != key}, path)
+    return remove
+
+
+def other_text(path, monkeypatch): (path.parent/'other.txt').write_text('quite another text\n'*400)
+
+
+CHANGED = {
+    'threads 1 → 2': (lambda *_: torch.set_num_threads(2), {}),
+    'matmul highest → medium': (lambda *_: torch.set_float32_matmul_precision('medium'), {}),
+    'torch 2': (lambda path, m: m.setattr(torch, '__version__', '9.9'), {}),
+    'lmnb 0': (lambda path, m: m.setattr(lmnb.engine, '__version__', '9.9'), {}),
+    'device cpu (': (lambda path, m: m.setattr(lmnb.engine, 'device_name', lambda kind: 'cpu (another one)'), {}),
+    'compile False → True': (lambda path, m: m.setattr(torch, 'compile', lambda model: model), dict(compile=True)),
+    'amp off → bf16': (lambda *_: None, dict(amp='bf16')),
+    'micro_batch 4 → 1': (lambda *_: None, dict(micro_batch_size=1)),
+    'no scaler_state_dict': (without('scaler_state_dict'), {}),
+    'no rng_state': (without('rng_state'), {}),
+    'no data_state': (without('data_state'), {}),
+    'other data': (other_text, dict(data='other.txt', allow_new_data=True)),
+}
+
+
+@pytest.mark.parametrize('what', CHANGED)
+def test_what_differs_is_said(stopped, monkeypatch, capsys, what):
+    change, given = CHANGED[what]
+    monkeypatch.chdir(stopped.parent)
+    try:
+        change(stopped, monkeypatch)
+        Trainer.resume(stopped, **given).fit(max_minutes=0)
+    finally:
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision('highest')
+    line, event = next(l for l in capsys.readouterr().out.splitlines() if l.startswith('Resuming')), events(stopped.parent, 'resume')[-1]
+    assert f': not exact ({what}' in line and line.endswith('): bits may differ.')
+    assert event['exact'] is False and len(event['differs']) == 1 and event['differs'][0].startswith(what)
+
+
+def test_exact_is_said_where_it_is_true(stopped, monkeypatch, capsys):
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    torch.set_num_threads(2)   # the checkpoint's number is taken back
+    Trainer.resume(stopped).fit(max_minutes=0)
+    assert torch.get_num_threads() == 1 and ': exact.' in capsys.readouterr().out
+    assert events(stopped.parent, 'resume')[-1]['exact'] is True and events(stopped.parent, 'resume')[-1]['differs'] == []
+
+
+def test_of_a_compiler_only_so_much_is_said(stopped, monkeypatch, capsys):
+    monkeypatch.setattr(torch, 'compile', lambda model: model)
+    Trainer.resume(stopped, compile=True, quiet=True).fit(max_minutes=0)
+    capsys.readouterr()
+    Trainer.resume('latest', stopped.parent).fit(max_minutes=0)
+    assert 'exact as far as the compiler repeats itself.' in capsys.readouterr().out
+    assert events(stopped.parent, 'resume')[-1]['exact'] is False and events(stopped.parent, 'resume')[-1]['differs'] == []
+
+
+def test_a_spike_is_an_event_with_the_way_back(lab, tmp_path, capsys):
+    config = preset('small', **exact.TINY | dict(data=str(lab.text), max_steps=200, save_interval=50))
+    t = Trainer(config, tmp_path/'run')
+    forward = t.engine.forward
+    def spiking(x, y): return forward(x, y)*(5 if t.step+1 in (160, 161) else 1)
+    t.engine.forward = spiking
+    t.fit()
+    [e] = [e for e in events(tmp_path/'run', 'warn') if e['code'] == 'spike']
+    assert e['step'] == 160 and f'--resume {tmp_path}/run/checkpoint_step_150.pt' in e['text'] and e['text'] in capsys.readouterr().out
 
 
 def test_the_harness_sees_one_bit():
