@@ -34,7 +34,7 @@ def same(lab, tmp_path):
     "Play a case; it must end in the undisturbed bits."
     def check(*legs, changes={}, listeners=0, **training):
         wrong, chain = lab.check(Case(legs, training, changes, listeners), tmp_path/'chain')
-        assert wrong == [] and chain.used['checkpoints compared']
+        assert wrong == [] and chain.used['in all', 'checkpoints compared']
         return chain
     return check
 
@@ -43,13 +43,13 @@ def same(lab, tmp_path):
 def test_however_it_stopped(same, how):
     amp = 'fp16' if how == 'after a skip' else PRECISIONS[list(ENDS).index(how) % 3]
     stops = ((how, 6, 'latest'), (how, 9, 'latest'), (how, 2, 'latest'))
-    assert same(Leg(30, stops=stops), amp=amp, **DROPOUT).used[how] or how == 'kill -9 by the clock'  # may come too late
+    assert same(Leg(30, stops=stops), amp=amp, **DROPOUT).used['stopped by', how] or how == 'kill -9 by the clock'  # may come too late
 
 
 @pytest.mark.parametrize('file', FILES)
 def test_from_whichever_file(same, file):
     stops = (('SIGTERM', 17, file), ('in an evaluation', 13, file))  # the second one at the end: a final file not evaluated yet
-    assert same(Leg(30, stops=stops), optimizer='adamw', **DROPOUT).used[f'from {file}']
+    assert same(Leg(30, stops=stops), optimizer='adamw', **DROPOUT).used['resumed from', file]
 
 
 @pytest.mark.parametrize('amp', PRECISIONS)
@@ -59,7 +59,7 @@ def test_whatever_the_training(same, amp, optimizer, schedule):
     "Stops inside warm-up, constant part and cooldown, in the middle of an epoch and past its end (after step 15)."
     chain = same(Leg(40, stops=(('SIGINT', 3, 'latest'), ('kill -9 in a step', 14, 'latest'), ('SIGTERM', 20, 'latest'))),
                  amp=amp, optimizer=optimizer, schedule=schedule, **DROPOUT)
-    assert chain.used['sessions'] == 4 and (chain.used['updates skipped'] > 0) == (amp == 'fp16')
+    assert chain.used['in all', 'sessions'] == 4 and (chain.used['in all', 'updates skipped'] > 0) == (amp == 'fp16')
 
 
 STOP = (('SIGTERM', 2, 'latest'), ('kill -9 in a step', 5, 'latest'))  # also inside a climb
