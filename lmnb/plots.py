@@ -133,7 +133,7 @@ def run_picture(
     seams = [(s, 'resumed') for s in h.resumes if cut is None or s<cut] + [(cut, 'resume here')]*(cut is not None)
     def curves(loss, lr):
         for ax in (loss, lr): ax.axvspan(now, end, color='#000000', alpha=.035, lw=0)
-        for old,_ in h.behind: loss.plot(*(thin(old)[k] for k in ('step', 'loss')), color=GREY, lw=.5)
+        for old in h.behind: loss.plot(*(thin(old)[k] for k in ('step', 'loss')), color=GREY, lw=.5)
         loss.plot(was['step'], was['loss'], color=PALE, lw=.5, label='train')
         loss.plot(was['step'], was['smooth'], color=BLUE, lw=1.4, label='smoothed')
         lr.plot(was['step'], was['lr'], color=BLUE, lw=1.4)
