@@ -19,11 +19,10 @@ from .history import History, Tail, follow, load_history
 
 # %% ../nbs/06_plots.ipynb #8f876931
 def smooth(
-    y:np.ndarray,     # (N,)
-    span:float=None,  # points it remembers; None: 1/25 of them, at least 10
+    y:np.ndarray, # (N,)
 )->np.ndarray: # (N,)
     "Exponential mean, without lag at its beginning; what is not finite is passed over."
-    keep = 1-1/(span or max(10, len(y)/25))
+    keep = 1-1/max(10, len(y)/25) # points it remembers: one in 25, at least 10
     total = weight = 0.
     out = np.empty(len(y))
     for i,v in enumerate(y):
@@ -70,37 +69,39 @@ def _axes(size, dpi, end, low, high, peak, log):
 def _short(x, end): return f'{x:,.0f}' if end<2e5 or not x else f'{x/1e3:,.0f} k' if end<1e6 else f'{x/1e6:g} M'
 
 # %% ../nbs/06_plots.ipynb #63574776
-def png(
-    fig:Figure,
-    ground:bool=True, # white below it, else transparent
-)->bytes:
-    "The picture as a PNG of 96 colours: a third of the bytes of all colours."
-    fig.patch.set(facecolor='white', alpha=float(ground))
+def png(fig:Figure)->bytes:
+    "The picture on white, as a PNG of 96 colours: a third of the bytes of all colours."
+    fig.patch.set(facecolor='white', alpha=1)
     fig.canvas.draw()
-    return _encoded(fig, ground)
+    return _encoded(fig, 'RGB')
 
-def _encoded(fig, ground):
+def _encoded(fig, mode): # 'RGBA' keeps a ground transparent
     from PIL import Image as Picture
     full = Picture.fromarray(np.asarray(fig.canvas.buffer_rgba()))
-    few = full.convert('RGB').quantize(96) if ground else full.quantize(96, method=Picture.Quantize.FASTOCTREE)
-    few.save(out := io.BytesIO(), format='png')
+    full.convert(mode).quantize(96).save(out := io.BytesIO(), format='png')
     return out.getvalue()
 
 class LivePicture:
     "The same picture again and again: axes and labels are drawn when they change, curves each time."
-    def __init__(self, size=(4.4, 3.6), dpi=200): self.size,self.dpi,self.frame = size,dpi,None
-
+    frame = None
     def png(self, frame:tuple, curves)->bytes:
         "A transparent PNG; `frame` is what `_axes` takes, `curves` adds to a pair of axes."
         if frame!=self.frame:
-            self.fig,*self.axes = _axes(self.size, self.dpi, *frame)
+            self.fig,*self.axes = _axes((4.4, 3.6), 200, *frame)
             self.fig.canvas.draw()
             self.ground,self.frame = self.fig.canvas.copy_from_bbox(self.fig.bbox),frame
         self.fig.canvas.restore_region(self.ground)
         curves(*self.axes)
         for ax in self.axes:
             for a in [*ax.patches, *ax.lines, *ax.texts]: ax.draw_artist(a); a.remove()
-        return _encoded(self.fig, False)
+        return _encoded(self.fig, 'RGBA')
+
+def _figure(frame, curves, dpi=100, ncols=1):
+    "The same as a figure for a cell, with a legend."
+    fig,*axes = _axes((6.2, 3.6), dpi, *frame)
+    curves(*axes)
+    axes[0].legend(frameon=False, fontsize=8, loc='upper right', ncols=ncols)
+    return fig
 
 # %% ../nbs/06_plots.ipynb #2ee9402f
 def _loss_range(smoothed, steps, val, end)->tuple:
@@ -145,13 +146,9 @@ def run_picture(
     peak = plan.config.lr if plan else max(t['lr'], default=0)
     return (end, *_loss_range(t['smooth'], t['step'], h.val['loss'], end), peak, log),curves
 
-def draw_run(h:History, plan=None, cut:int=None, size=(6.2, 3.6), dpi:int=100, log:bool=False)->Figure:
-    "`run_picture` as a figure with a legend; `size` in inches."
-    frame,curves = run_picture(h, plan, cut, log, low=True)
-    fig,*axes = _axes(size, dpi, *frame)
-    curves(*axes)
-    axes[0].legend(frameon=False, fontsize=8, loc='upper right', ncols=4)
-    return fig
+def draw_run(h:History, plan=None, cut:int=None, dpi:int=100)->Figure:
+    "`run_picture` as a figure with a legend."
+    return _figure(*run_picture(h, plan, cut, low=True), dpi, ncols=4)
 
 # %% ../nbs/06_plots.ipynb #4d1853ac
 def _dots(ax, val, now):
@@ -214,11 +211,7 @@ def plot_runs(
 )->Figure:
     "Curves of several runs; a `ValueError` names what `across` may be, `FileNotFoundError` a folder without events."
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    frame,curves = runs_picture({Path(r).name:load_history(r) for r in runs}, across, log)
-    fig,*axes = _axes((6.2, 3.6), 100, *frame)
-    curves(*axes)
-    axes[0].legend(frameon=False, fontsize=8, loc='upper right')
-    return fig
+    return _figure(*runs_picture({Path(r).name:load_history(r) for r in runs}, across, log))
 
 # %% ../nbs/06_plots.ipynb #d33bafbb
 class CellDisplay:
@@ -228,10 +221,8 @@ class CellDisplay:
         plan,          # the run's `Plan`
         lineage:list,  # whose curves to show
     ):
-        self.run_dir,self.plan,self.lineage = Path(run_dir),plan,lineage
-        self.bar = self.handle = None
-        self.cost = self.drawn = 0.
-        self.tail = Tail(self.run_dir/'metrics.jsonl')
+        self.plan,self.lineage,self.due = plan,lineage,0.
+        self.tail = Tail(Path(run_dir)/'metrics.jsonl')
 
     def __call__(self, e):
         if e['kind'] in ('start', 'resume'): self._open(e)
@@ -242,7 +233,7 @@ class CellDisplay:
     def _open(self, e):
         from IPython.display import display
         from fastprogress.fastprogress import NBProgressBar
-        self.first,self.t0 = e['step'],time.time()
+        self.first = e['step']
         self.bar = NBProgressBar(None, total=max(1, e['max_steps']-e['step']))
         self.bar.update(0)
         self.handle = display(self._picture(), display_id=True)
@@ -251,13 +242,12 @@ class CellDisplay:
         at,speed = f'step {e["step"]:,} of {self.plan.max_steps:,}',f'{e["tok_per_s"]:,.0f} tokens/s'
         self.bar.comment = f'{at}, loss {e["loss"]:.3f}, {speed}'
         self.bar.update(e['step']-self.first)
-        if time.time()-self.drawn>max(2, 50*self.cost): self._draw()
+        if time.time()>self.due: self._draw()
 
     def _draw(self):
-        t0 = time.time()
-        if self.handle: self.handle.update(self._picture())
-        self.drawn = time.time()
-        self.cost = self.drawn-t0
+        began = time.time()
+        self.handle.update(self._picture())
+        self.due = time.time()+max(2, 50*(time.time()-began))
 
     def _picture(self):
         from IPython.display import Image
