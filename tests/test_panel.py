@@ -234,6 +234,16 @@ def test_start_twice_is_once(tmp_path, monkeypatch):
     p.close()
 
 
+def test_a_failed_run_is_not_explained_by_an_older_log(panel, copy):
+    (copy/'train.log').write_text('what went wrong\n\n')
+    RunDir(copy).write_status(state='failed', step=300, max_steps=400, pid=os.getpid(), host='here', heartbeat=time.time())
+    panel._look()
+    assert text(panel.notice) == '▲ what went wrong'
+    os.utime(copy/'train.log', (time.time()-60,)*2)  # of a session in the background; this one was a terminal's
+    panel._look()
+    assert 'Failed at 300 of 400' in text(panel.head) and text(panel.notice) == ''
+
+
 def test_stopping_that_another_asked_for_can_be_killed(panel, copy):
     RunDir(copy).write_status(state='stopping', step=300, max_steps=400, pid=os.getpid(), pid_start=started_at(os.getpid()),
                               host=socket.gethostname(), heartbeat=time.time())
