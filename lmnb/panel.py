@@ -239,9 +239,10 @@ def _build_tabs(self:ResumePanel):
 @patch
 def _wire(self:ResumePanel):
     "Connect what the user does to what happens."
-    def changed(f):
-        with self.lock: self.mute or self._try(f) # another thread's own change is over once the lock is ours
-    def on(w, f): w.observe(lambda change: changed(f), 'value')
+    def changed(w, new, f):
+        def redo(): self._set(w, value=new); f() # a look that was under way may have set it back
+        with self.lock: self.mute or self._try(redo) # another thread's own change is over once the lock is ours
+    def on(w, f): w.observe(lambda change: changed(w, change.new, f), 'value')
     def press(w, f): w.on_click(lambda _: None if w.disabled else self._try(f))
     on(self.run, lambda: self.show(self.run.value))
     on(self.ckpt, self._picked)
