@@ -125,7 +125,7 @@ def look(n, k):
         for i in range(n):
             f.write(json.dumps(dict(schema=1, kind='train', time=1.7e9, run_id='r', segment='s', step=k+i, loss=2., lr=4e-3, grad_norm=.5,
                                     tokens=1, tok_per_s=1., dt_ms=1.), separators=(',', ':'))+chr(10)); f.flush()
-            if i%10==0: panel.drawn = 0.
+            if i%10==0: panel.draw_due = 0.
             panel._look()
 look(200, {LONG+1}); first = mb(); look(3400, {LONG+201}); print(first, mb())
 '''

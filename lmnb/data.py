@@ -8,7 +8,7 @@ __all__ = ['PIECE', 'SOFT', 'EOT', 'stdlib_files', 'find_files', 'read_blocks', 
            'Corpus', 'load_corpus', 'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
-import codecs, csv, glob, gzip, hashlib, itertools, json, os, shutil, sys, sysconfig, tempfile, threading, zlib
+import codecs, csv, glob, gzip, hashlib, io, itertools, json, os, shutil, sys, sysconfig, tempfile, threading, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,11 @@ _SKIP = ('site-packages', 'dist-packages', 'idlelib', 'lib2to3', '__pycache__') 
 
 def stdlib_files()->list:
     "The standard library's `.py` files, as (relative name, path), in the order of their names."
-    root,found = Path(sysconfig.get_paths()['stdlib']),[]
-    def wanted(name): return name not in _SKIP and not name.startswith(('test', '.'))
-    for folder,dirs,names in os.walk(root):
-        here = Path(folder)
-        dirs[:] = [d for d in dirs if wanted(d) and (here!=root or (here/d/'__init__.py').exists())]
-        found += [here/n for n in names if n.endswith('.py') and wanted(n)]
-    return sorted((p.relative_to(root).as_posix(), p) for p in found)
+    root = Path(sysconfig.get_paths()['stdlib'])
+    def wanted(p): return not any(s in _SKIP or s.startswith(('test', '.')) for s in p.relative_to(root).parts)
+    packages = [p.parent for p in root.glob('*/__init__.py') if wanted(p)]
+    found = [*root.glob('*.py'), *(p for folder in packages for p in folder.rglob('*.py'))]
+    return sorted((p.relative_to(root).as_posix(), p) for p in found if wanted(p))
 
 def find_files(
     source:str, # 'stdlib', a file, a folder, a glob, or FILE:COLUMN of a .jsonl or .csv
@@ -63,6 +61,7 @@ _BOMS = [(codecs.BOM_UTF8, 'utf-8'), (codecs.BOM_UTF32_LE, 'utf-32-le'), (codecs
 def read_blocks(
     path:Path,
     note=lambda line: None, # told when the text is not UTF-8 but of another encoding, known by its mark
+    lines:bool=False,       # a line a block, with its end
 ):
     "The text of one file (or of its `.gz`) in blocks; a `ValueError` names the file and the byte that is no UTF-8."
     suffix = path.suffix.lower()
@@ -75,15 +74,13 @@ def read_blocks(
             if encoding!='utf-8': note(f'{path} is read as {encoding.upper()}, by the mark at its start.')
             elif b'\0' in head:
                 raise ValueError(f'{path}: looks binary (a zero byte near its start); leave it out, or give a glob')
-            decoder,at,block = codecs.getincrementaldecoder(encoding)(),len(bom),head[len(bom):]
-            while True:
-                at -= len(decoder.getstate()[0]) # bytes of a character that the last block's end has cut
-                if text := decoder.decode(block, final=not block): yield text
-                if not block: return
-                at,block = f.tell(),f.read(PIECE)
+            f.seek(len(bom))
+            text = io.TextIOWrapper(f, encoding, newline='\n') # the ends of lines stay as they are
+            try: yield from iter(text.readline if lines else lambda: text.read(PIECE), '')
+            except UnicodeDecodeError as e:
+                at = f.tell()-len(e.object)+e.start
+                raise ValueError(f'{path}: byte {at} is no {encoding.upper()}; convert the file to UTF-8') from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f'{path}: damaged .gz ({e})') from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{path}: byte {at+e.start} is no {encoding.upper()}; convert the file to UTF-8') from None
 
 # %% ../nbs/01_data.ipynb #63e74806
 def cut(blocks):
@@ -111,22 +108,14 @@ def documents(files:list, column:str=None, note=lambda line: None):
 def _rows(path, column):
     "One field of each row of a `.jsonl` or `.csv`; a `ValueError` names the row that lacks it."
     csv.field_size_limit(2**31-1)
-    is_csv,i = path.name.removesuffix('.gz').endswith('.csv'),0
-    rows = csv.DictReader(_lines(path)) if is_csv else (json.loads(l) for l in _lines(path) if l.strip())
+    lines,is_csv,i = read_blocks(path, lines=True),path.name.removesuffix('.gz').endswith('.csv'),0
+    rows = csv.DictReader(lines) if is_csv else (json.loads(l) for l in lines if l.strip())
     try:
         for i,row in enumerate(rows, 1):
             if column not in (row := row if isinstance(row, dict) else {}):
                 raise ValueError(f'{path}: row {i} has no column {column!r}; it has {", ".join(map(str, row)) or None}')
             yield str(row[column] or '')
     except (json.JSONDecodeError, csv.Error) as e: raise ValueError(f'{path}: row {i+1} cannot be read ({e})') from None
-
-def _lines(path):
-    "The lines of a text file, each with its end."
-    rest = ''
-    for block in read_blocks(path):
-        *whole,rest = (rest+block).split('\n')
-        yield from (l+'\n' for l in whole)
-    if rest: yield rest
 
 def fingerprint(pieces)->tuple:
     "SHA-256 of a corpus' contents, wherever its files lie, and its size in bytes."
@@ -198,8 +187,8 @@ def cache_dir(note=print)->Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if os.access(path, os.W_OK): return path
+        reason = 'not writable'
     except OSError as e: reason = e.strerror
-    else: reason = 'not writable'
     temp = Path(tempfile.gettempdir())/f'lmnb-cache-{os.getuid() if hasattr(os, "getuid") else "user"}'
     note(f'Cache folder {path}: {reason}. Using {temp}; set LMNB_CACHE to a folder that lasts.')
     temp.mkdir(parents=True, exist_ok=True)
@@ -213,10 +202,9 @@ def open_tokens(folder:Path):
     "The memory-mapped ids of a finished token file, (N,), or None if there is none that is whole."
     try:
         meta = json.loads((folder/'meta.json').read_text())
-        dtype,n = np.dtype(meta['dtype']),int(meta['n_tokens'])
-        if (folder/'tokens.bin').stat().st_size!=n*dtype.itemsize: return None
-    except (OSError, ValueError, KeyError, TypeError): return None
-    return np.memmap(folder/'tokens.bin', dtype, 'r', shape=(n,)) if n else np.zeros(0, dtype)
+        dtype,n = meta['dtype'],meta['n_tokens']
+        return np.memmap(folder/'tokens.bin', dtype, 'r', shape=(n,)) if n else np.zeros(0, dtype)
+    except (OSError, ValueError, KeyError, TypeError): return None # also of a file with fewer than `n`
 
 # %% ../nbs/01_data.ipynb #7823b1a3
 def encode(pieces, tok, out, dtype)->str:

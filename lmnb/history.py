@@ -56,18 +56,16 @@ def read_events(
 
 # %% ../nbs/05_history.ipynb #f6e68e9f
 _RARE = re.compile(rb'"kind": ?"(?!train)(\w+)')
-_LARGE,_TAIL = 4_000_000,50_000 # bytes from which a file is sampled, and of its end that are read whole
 
 def _sampled(path, n):
-    "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and the last ones."
+    "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and all of the last 50 kB."
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         end = m.rfind(b'\n')+1
         rare = [(x.start(), x[1]) for x in _RARE.finditer(m, 0, end)]
         vals = [at for at,kind in rare if kind==b'val']
-        found = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
-        found += range(0, end-_TAIL, end//n+1)
-        found += [end-_TAIL+x.start() for x in re.finditer(b'\n', m[end-_TAIL:end-1])]
-        starts = sorted({m.rfind(b'\n', 0, at+1)+1 for at in found})
+        places = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
+        places += [*range(0, end, end//n+1), *range(end-50_000, end, 50)] # a line has more than 50 bytes
+        starts = sorted({m.rfind(b'\n', 0, at)+1 for at in places})
         events = [_event(m[a:m.find(b'\n', a)]) for a in starts]
     return [e for e in events if e],end,events.count(None)
 
@@ -84,7 +82,7 @@ class Tail:
         if s is None or s.st_ino!=self.file or s.st_size<self.at: self.at,self.events = 0,[]
         self.file = s and s.st_ino
         if s is None or s.st_size==self.at: return []
-        large = s.st_size-self.at>_LARGE and not self.at
+        large = s.st_size>4_000_000 and not self.at
         new,self.at,_ = _sampled(self.path, self.n_train) if large else read_events(self.path, self.at)
         self.events += new
         train = [e for e in self.events if e['kind']=='train']
@@ -189,11 +187,10 @@ def keep_record(
     history:list,   # of dicts with `step`, changed in place
     record:dict,
     interval:int,   # steps between records
-    limit:int=LIMIT,
 ):
     "Append `record` by the rule above, and drop what the rule no longer keeps."
     stride = interval
-    while record['step']//stride>limit: stride *= 2
+    while record['step']//stride>LIMIT: stride *= 2
     if record['step']%stride==0: history.append(record)
     if stride>interval and history and history[0]['step']%stride:
         history[:] = [r for r in history if r['step']%stride==0]
@@ -205,7 +202,7 @@ class History:
     train:dict = field(default_factory=dict)    # `step loss lr grad_norm tokens time`
     val:dict = field(default_factory=dict)      # `step loss time`
     resumes:list = field(default_factory=list)  # steps where a segment began, the first excepted
-    behind:list = field(default_factory=list)   # (train, val) columns of what no longer counts, a pair for each segment
+    behind:list = field(default_factory=list)   # the train columns of what no longer counts, for each segment
     lineage:list = field(default_factory=list)  # of segments: `id parent from_step`
     begin:dict = field(default_factory=dict)    # the last start or resume event
     skipped:int = 0                             # lines that were no events
@@ -233,16 +230,16 @@ def follow(
     lineage:list=None, # whose curves to follow; None: the last start's or resume's
 )->History:
     "Sort events into those of one lineage and those left behind."
-    def pair(found): return tuple(_columns(found[k], names) for k,names in _COLUMNS.items())
     begins = (e for e in events[::-1] if e['kind'] in ('start', 'resume') and e.get('lineage'))
     begin = next((e for e in begins if is_lineage(e['lineage'])), {})
     if lineage is None: lineage = begin.get('lineage', [])
     ends,counts,left = last_step_of(lineage),dict(train=[], val=[]),{}
     for e in (e for e in events if e['kind'] in counts):
-        own = e['step']<=ends.get(e['segment'], -1)
-        (counts if own else left.setdefault(e['segment'], dict(train=[], val=[])))[e['kind']].append(e)
-    return History(*pair(counts), [s['from_step'] for s in lineage[1:]], [pair(l) for l in left.values()],
-                   lineage, begin, skipped)
+        if e['step']<=ends.get(e['segment'], -1): counts[e['kind']].append(e)
+        elif e['kind']=='train': left.setdefault(e['segment'], []).append(e)
+    train,val = (_columns(counts[k], names) for k,names in _COLUMNS.items())
+    behind = [_columns(l, _COLUMNS['train']) for l in left.values()]
+    return History(train, val, [s['from_step'] for s in lineage[1:]], behind, lineage, begin, skipped)
 
 def is_lineage(x, step=math.inf)->bool:
     "Whether `x` is a list of segments with an id each, that begin one after the other and not after `step`."
@@ -318,34 +315,33 @@ def program(name:str)->str:
 class Console:
     "Show a run's events on a terminal, or as lines where stdout is none."
     def __init__(self, quiet:bool=False):
-        self.quiet,self.tty = quiet,getattr(sys.stdout, 'isatty', bool)()
-        self.bar = self.val = None
+        self.quiet,self.bar,self.val = quiet,None,None
 
     def __call__(self, e):
         kind = e['kind']
-        if kind in ('start', 'resume'): self.first,self.total,self.t0,self.said = e['step'],e['max_steps'],time.time(),0
+        if kind in ('start', 'resume'): self.begin(e)
         elif kind=='warn': self.line(f'Warning: {e["text"]}')
         elif self.quiet: return
         elif kind=='train': self.train(e)
         elif kind=='val': self.val = e['loss']; self.line(f'step {e["step"]:,}: validation loss {e["loss"]:.4f}')
         elif kind=='save': self.line(f'step {e["step"]:,}: saved {", ".join(e["names"])}')
 
+    def begin(self, e):
+        self.first,self.total,self.t0,self.said = e['step'],e['max_steps'],time.time(),0
+        if self.quiet or not getattr(sys.stdout, 'isatty', bool)(): return
+        from fastprogress.fastprogress import ConsoleProgressBar # imports a web framework: only where it is shown
+        self.bar = ConsoleProgressBar(None, total=self.total-self.first, txt_len=80)
+        self.bar.update(0)
+
     def train(self, e):
         done = e['step']-self.first
+        if self.bar:
+            self.bar.comment = f'step {e["step"]:,} loss {e["loss"]:.3f}' + (f' val {self.val:.3f}' if self.val else '')
+            return self.bar.update(done)
         left = (time.time()-self.t0)/done*(self.total-e['step'])
-        if self.tty: return self.show_bar(e, done)
         if time.time()-self.said<2 and e['step']!=self.total: return
         self.said = time.time()
         self.line(f'step {e["step"]:,} of {self.total:,}: loss {e["loss"]:.4f}, lr {e["lr"]:.2e}, '
                   f'{e["tok_per_s"]:,.0f} tokens/s, {duration(left)} left')
 
-    def show_bar(self, e, done):
-        if self.bar is None:
-            from fastprogress.fastprogress import ConsoleProgressBar # imports a web framework: not before its time
-            self.bar = ConsoleProgressBar(None, total=self.total-self.first, txt_len=80)
-            self.bar.update(0)
-            self.bar.start_t = self.t0
-        self.bar.comment = f'step {e["step"]:,} loss {e["loss"]:.3f}' + (f' val {self.val:.3f}' if self.val else '')
-        self.bar.update(done)
-
-    def line(self, text): say(f'\r{text:{self.bar.max_len if self.bar else 0}}' if self.tty else text)
+    def line(self, text): say(f'\r{text:{self.bar.max_len}}' if self.bar else text)

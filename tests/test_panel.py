@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -232,6 +233,31 @@ def test_start_twice_is_once(tmp_path, monkeypatch):
     assert len(begun) == 1 and 'is starting' in text(p.notice)
     p.stop(kill=True)
     p.close()
+
+
+def test_a_choice_made_during_a_look_counts(panel, monkeypatch):
+    begun, chosen = threading.Event(), threading.Event()
+    def check(v): begun.set(); chosen.wait(10)
+    monkeypatch.setattr(panel, '_check_one', check)
+    look = threading.Thread(target=panel._look)
+    pick = threading.Thread(target=lambda: panel.ckpt.set_trait('value', 'checkpoint_step_250.pt'))
+    look.start()
+    assert begun.wait(10)
+    pick.start()  # it waits for the look to end, which still shows the former choice
+    while panel.ckpt.value != 'checkpoint_step_250.pt': time.sleep(.01)
+    chosen.set()
+    for t in look, pick: t.join(20)
+    assert panel.ckpt.value == 'checkpoint_step_250.pt' and panel.origin.value == '250'
+
+
+def test_a_failed_run_is_not_explained_by_an_older_log(panel, copy):
+    (copy/'train.log').write_text('what went wrong\n\n')
+    RunDir(copy).write_status(state='failed', step=300, max_steps=400, pid=os.getpid(), host='here', heartbeat=time.time())
+    panel._look()
+    assert text(panel.notice) == '▲ what went wrong'
+    os.utime(copy/'train.log', (time.time()-60,)*2)  # of a session in the background; this one was a terminal's
+    panel._look()
+    assert 'Failed at 300 of 400' in text(panel.head) and text(panel.notice) == ''
 
 
 def test_stopping_that_another_asked_for_can_be_killed(panel, copy):
