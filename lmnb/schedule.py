@@ -32,7 +32,7 @@ def straight_lr(
     return c.lr*min(warm, c.min_lr_frac+(1-c.min_lr_frac)*down)
 
 # %% ../nbs/03_schedule.ipynb #bf468ffa
-CLIMB_STEPS = 50 # steps from 0 to the peak in a climb
+CLIMB_STEPS = 10 # steps from 0 to the peak in a climb; bench/extend.md
 
 @dataclass(frozen=True)
 class Plan:

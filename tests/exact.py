@@ -41,7 +41,8 @@ from lmnb.trainer import TrainingFailed
 
 TINY = dict(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=16, n_kv_head=1, batch_size=4, warmup_steps=5, cooldown_frac=.25,
             save_interval=8, eval_interval=4, eval_batches=2, log_interval=1)
-LEFT_OUT = dict(eval_interval={'val_history', 'best_val_loss', 'val_loss'}, log_interval={'train_history'})  # by what was changed
+EVALUATED = {'val_history', 'best_val_loss', 'val_loss'}
+LEFT_OUT = dict(eval_interval=EVALUATED, log_interval={'train_history'})  # by what was changed
 
 
 @dataclass(frozen=True)
@@ -277,8 +278,14 @@ class Lab:
         wrong = [l for l in chain.said().splitlines() if l.startswith('Resuming') and not l.endswith(claim)]
         for c in RunDir(chain.run).living():
             a, b = (load_checkpoint(p, note=lambda _: None) for p in (c.path, straight.run/step_name(c.step)))
-            if a['scheduler_state_dict'] != b['scheduler_state_dict'] and c.path.name != 'final_model.pt': continue # of an earlier leg
-            wrong += [f'{c.path.name}{d}' for d in differences(vars_of(a), vars_of(b), skip)]
+            last = c.path.name == 'final_model.pt'
+            if a['scheduler_state_dict'] != b['scheduler_state_dict'] and not last: continue  # of an earlier leg
+            unfinished = EVALUATED if a['val_loss'] is None and not last else set()  # saved in the middle of its evaluation
+            more = {leg.total for leg in case.legs[:-1]}-{r['step'] for r in b['val_history']}
+            evaluated = [r for r in a['val_history'] if r['step'] not in more]  # ends of earlier legs, where no seam is left
+            leave_out = skip | unfinished | ({'best_val_loss'} if evaluated != a['val_history'] else set())
+            a['val_history'] = evaluated
+            wrong += [f'{c.path.name}{d}' for d in differences(vars_of(a), vars_of(b), leave_out)]
             chain.used['in all', 'checkpoints compared'] += 1
         if chain.batches() != straight.batches(): wrong.append('batches')
         chain.used['in all', 'updates skipped'] = sum(e.get('code') == 'skip' for e in read_events(chain.run/'metrics.jsonl')[0])

@@ -11,7 +11,7 @@ from lmnb import Trainer, load_checkpoint, load_history, preset
 from lmnb.checkpoint import describe
 from lmnb.config import ExperimentConfig, config_from, parse_settings
 from lmnb.rundir import RunDir, is_ancestor
-from lmnb.schedule import Plan
+from lmnb.schedule import CLIMB_STEPS, Plan
 from lmnb.trainer import TrainingFailed
 
 
@@ -171,7 +171,7 @@ def test_random_extensions_never_jump(schedule):
             total = step+r.randint(1, 150)
             longer = plan.extended(step, total)
             assert longer.max_steps == total and [longer.lr(k) for k in range(1, step+1)] == [plan.lr(k) for k in range(1, step+1)]
-            up = max(1/max(c.warmup_steps, 1), 1/50)+1e-9
+            up = max(1/max(c.warmup_steps, 1), 1/CLIMB_STEPS)+1e-9
             assert longer.lr(step+1)-longer.lr(step) <= up
             assert all(0 < longer.lr(k) <= 1 for k in range(1, total+1))
             plan = longer
