@@ -1,21 +1,26 @@
 "Troubles that people have with other trainers: each part is a kind of fault, with the forms in which it was reported."
 import gzip
 import json
+import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import EVERY, SHORT, TINY, command, events, guided, train, tree
 
-from lmnb import list_checkpoints, load_checkpoint, preset, sample
+from lmnb import Trainer, list_checkpoints, load_checkpoint, preset, sample
+from lmnb.check import differences
 from lmnb.config import parse_settings
 from lmnb.data import as_tokenizer, eot_id, load_corpus, train_tokenizer
-from lmnb.history import Console
+from lmnb.history import Console, keep_record
 from lmnb.model import stream_text
 
 
@@ -274,3 +279,97 @@ def test_time_left_counts_this_session(copy, call, capsys, monkeypatch):
     told = [e for e in events(copy, 'train') if e['time'] >= began]
     assert told[0]['step'] == 251 and sum(e['dt_ms'] for e in told) < 1e3*(time.time()-began)
     assert all(e['tok_per_s']*e['dt_ms'] == pytest.approx(64_000) for e in told)  # 64 tokens a step
+
+
+# Resumed, and part of the state was silently new
+
+@pytest.mark.parametrize('amp', ['off', 'fp16'])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_all_that_the_file_holds_is_in_the_running_objects(text, tmp_path, monkeypatch, amp, optimizer):
+    "Also right after an update that fp16 skipped."
+    monkeypatch.setattr(torch.amp, 'GradScaler', partial(torch.amp.GradScaler, init_scale=2.**40))
+    config = preset('small', **parse_settings([*TINY, *EVERY, 'max_steps=20']), data=str(text), amp=amp, optimizer=optimizer)
+    Trainer(config, tmp_path/'run', quiet=True).fit(max_minutes=0)
+    assert len(events(tmp_path/'run', 'warn')) == (amp == 'fp16')
+    saved = load_checkpoint(tmp_path/'run'/'checkpoint_auto.pt')
+    live = Trainer.resume('latest', tmp_path/'run', quiet=True).state_dict()
+    assert differences(live | dict(model_state_dict=dict(live['model_state_dict'])), saved, skip=('lineage',)) == []
+
+
+@pytest.mark.parametrize('damage, told', [
+    (lambda o: next(iter(o['state'].values())).popitem(), 'lacks'),
+    (lambda o: o['state'].popitem(), 'lacks'),
+    (lambda o: next(iter(o['state'].values())).update(more=torch.zeros(1)), 'unknown'),
+    (lambda o: o['state'].update(more={}), 'unknown'),
+    (lambda o: o['param_groups'][0].pop('lr'), 'lacks'),
+], ids=['a moment', 'a parameter', 'one moment more', 'one parameter more', 'a setting'])
+def test_a_missing_or_left_over_key_is_an_error(copy, damage, told):
+    state = load_checkpoint(copy/'final_model.pt')
+    damage(state['optimizer_state_dict'])
+    torch.save(state, copy/'checkpoint_step_300.pt')
+    with pytest.raises(ValueError, match=told): Trainer.resume(copy/'checkpoint_step_300.pt', extend_steps=400)
+
+
+# The session ends after fixed hours
+
+def test_pieces_of_a_session_are_the_straight_run(text, tmp_path):
+    "The one line of a job script, until it has nothing left to do; each ends with 0 and the line to copy."
+    args = ('--quiet', '--resume', 'latest-or-new', '--config', 'small', '--data', text, '--max-steps', 8, '--set', *TINY, 'dropout=0.1')
+    said = [train(*args, '--checkpoint-dir', 'pieces', '--max-minutes', '1e-6', cwd=tmp_path) for _ in range(9)]
+    assert [d.code for d in said] == [0]*9 and all('--resume latest --checkpoint-dir pieces' in d.out for d in said[:7])
+    assert 'already complete' in said[8].out
+    assert train(*args, '--checkpoint-dir', 'straight', cwd=tmp_path).code == 0
+    a, b = (load_checkpoint(tmp_path/run/'final_model.pt') for run in ('pieces', 'straight'))
+    assert differences(a, b, ('lineage', 'software')) == []
+
+
+# Fits in memory from scratch, not after a resume
+
+PEAK = r'''
+import re, sys
+from pathlib import Path
+from lmnb import ExperimentConfig, Trainer
+config = eval(sys.argv[1])
+t = Trainer.resume(sys.argv[3], sys.argv[2], quiet=True) if sys.argv[3:] else Trainer(config, sys.argv[2], quiet=True)
+t.fit()
+print(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+'''
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak memory is read from /proc')
+def test_a_resume_takes_no_more_memory(text, tmp_path):
+    config = preset('small', data=str(text), n_embd=256, n_head=4, n_kv_head=4, n_layer=6, block_size=32, max_steps=4, save_interval=2,
+                    eval_interval=4, eval_batches=1)
+    def peak(*args):
+        done = subprocess.run([sys.executable, '-c', PEAK, repr(config), *args], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])*1024
+    fresh, size = peak('run'), (tmp_path/'run'/'checkpoint_step_2.pt').stat().st_size
+    resumed = peak('branch', 'run/checkpoint_step_2.pt')
+    assert size > 60e6 and resumed < fresh+size/4, (fresh, resumed, size)
+
+
+# The same data gave another vocabulary on another day
+
+def test_the_tokens_come_with_the_checkpoint(text, tmp_path):
+    "Without the cache, with other hash seeds and more threads in the tokenizer: the same tokens, so the same run."
+    shutil.copy(text, tmp_path)
+    args = ('--quiet', '--config', 'small', '--data', 'corpus.txt', '--max-steps', 20, '--set', *TINY, 'save_interval=10')
+    assert train(*args, cwd=tmp_path, LMNB_CACHE=tmp_path/'one', PYTHONHASHSEED='1', RAYON_NUM_THREADS='1').code == 0
+    done = train('--resume', 'checkpoints/checkpoint_step_10.pt', '--checkpoint-dir', 'b', cwd=tmp_path, LMNB_CACHE=tmp_path/'two',
+                 PYTHONHASHSEED='2', RAYON_NUM_THREADS='4')
+    assert done.code == 0 and ': exact.' in done.out and 'Training a tokenizer' not in done.out and 'Encoding' in done.out
+    a, b = (load_checkpoint(tmp_path/run/'final_model.pt') for run in ('checkpoints', 'b'))
+    assert differences(a, b, ('lineage', 'software')) == []
+
+
+# Saving slowed with the run's length
+
+def test_a_history_is_bounded(short):
+    "A million steps leave as much in a checkpoint as two thousand do."
+    def bytes_after(n):
+        history = []
+        for k in range(1, n+1): keep_record(history, dict(step=k, loss=1., lr=1e-3, grad_norm=.5), 1)
+        return len(pickle.dumps(history)), history
+    (few, _), (many, history) = bytes_after(2000), bytes_after(10**6)
+    assert many < 1.2*few and len(history) <= 2000 and history[0]['step'] == 512 and history[-1]['step'] == 10**6//512*512
