@@ -126,6 +126,20 @@ def test_micro_batches_differ_by_rounding(lab):
     assert 0 < exact.rounding(lab.text, lab.root, 'muon', 'off') < 1e-4
 
 
+FAILED_ONCE = {
+    'a branch begun at its trunk had none': Case(
+        (Leg(40, stops=(('SIGHUP', 22, 'final'), ('an error', 11, '_orig_mod.'))), Leg(64, 'trunk', (('SIGTERM', 9, '_orig_mod.'),))),
+        dict(warmup_steps=0), dict(save_interval=50)),
+    'an evaluation due at the end was skipped': Case((Leg(25, stops=(('SIGINT', 25, 'module.'),)), Leg(35, 'best')), dict(schedule='cosine')),
+    'the end of a run within its warm-up': Case((Leg(13, stops=(('kill -9 in an evaluation', 16, 'trunk'),)), Leg(17, 'best'), Leg(39, 'final')),
+                                                dict(warmup_steps=20, schedule='cosine'), dict(log_interval=2)),
+}
+
+
+@pytest.mark.parametrize('what', FAILED_ONCE)
+def test_what_failed_once(lab, tmp_path, what): assert lab.check(FAILED_ONCE[what], tmp_path/'chain')[0] == []
+
+
 @settings(max_examples=12, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
           suppress_health_check=list(HealthCheck))
 @given(case=cases())

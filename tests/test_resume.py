@@ -185,3 +185,22 @@ def test_a_plan_from_a_stranger_is_checked(bad):
     assert plan_from(c, good).max_steps == 4000
     good['segments'][-1] |= bad
     with pytest.raises(ValueError, match='scheduler_state_dict has a'): plan_from(c, good)
+
+
+def test_an_auto_save_of_an_evaluated_step_says_its_loss(config, tmp_path, monkeypatch):
+    t = Trainer(changed(config, eval_interval=1, save_interval=10), tmp_path/'a', quiet=True)
+    monkeypatch.setattr(t, 'evaluate', lambda: 5.+t.step, raising=False)   # worse and worse: no best to be saved
+    for _ in range(3): t.fit(max_minutes=0)
+    state = load_checkpoint(tmp_path/'a'/'checkpoint_auto.pt')
+    assert state['global_step'] == 3 and state['val_loss'] == state['val_history'][-1]['loss']
+
+
+def test_a_branch_at_its_trunk_has_one_and_a_file_made_by_hand_gets_a_description(config, tmp_path):
+    Trainer(config, tmp_path/'a', quiet=True).fit()
+    state = torch.load(tmp_path/'a'/'trunk_model.pt')   # plain torch still may, after our own loading
+    torch.save(state, tmp_path/'mine.pt')
+    t = Trainer.resume(tmp_path/'mine.pt', tmp_path/'b', quiet=True)
+    assert t.fit(max_minutes=0).step == 17
+    trunk = describe(tmp_path/'b'/'trunk_model.pt')
+    assert trunk.step == 16 and trunk.plan == state['scheduler_state_dict']
+    assert Trainer.resume('trunk', tmp_path/'b', extend_steps=40, quiet=True).plan.segments == Plan.straight(changed(config, max_steps=40)).segments
