@@ -102,7 +102,7 @@ def stop(
     if kill:
         if c.state=='elsewhere': raise RuntimeError(f'{run} runs on {c.host}; a kill must be done there')
         psutil.Process(c.pid).kill()
-        return f'pid {c.pid} was killed at step {c.step}'
+        return f'pid {c.pid} was killed; what it had not saved is lost'
     if c.state!='elsewhere' and os.name!='nt':
         os.kill(c.pid, signal.SIGTERM)
         return f'SIGTERM sent to pid {c.pid}: it finishes its step, saves and ends'

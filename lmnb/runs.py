@@ -65,8 +65,7 @@ def _drawn(node)->list:
     lines = []
     while node:
         lines.append(_label(node))
-        folder = node.files[0].path.parent
-        def counts(n): return n.files[0].path.parent==folder,'superseded' not in n.files[0].path.parts,n.at[1]
+        def counts(n): return 'superseded' not in n.files[0].path.parts,n.at[0]==node.at[0],-n.at[1]
         *branches,node = sorted(node.children, key=counts) or [None]
         for b in branches:
             head,*rest = _drawn(b)

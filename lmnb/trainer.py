@@ -367,6 +367,7 @@ def _farewell(self:Trainer):
     last = f', validation loss {self.val_history[-1]["loss"]:.4f}' if self.val_history else ''
     write = f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def"'
     say(f'Finished {at}{last} (best {self.best_val_loss:.4f}).')
+    if self.quiet: return
     say('Sample: '+(f'sample("{self.run}", "def")' if in_notebook() else write))
     say(f'Extend: {self._command("latest", 2*self.plan.max_steps)}')
 
