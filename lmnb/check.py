@@ -20,8 +20,8 @@ def differences(
     a,           # nested dicts, lists and tuples of tensors and plain values
     b,           # what it is compared with
     skip=(),     # keys to leave out, at any depth
-    place:str='',# where in the whole this is
-)->list: # of places, each with what is there
+    place:str='',# where in the whole this is, as `/key/key`
+)->list: # of places, each with what is there; a differing tensor is its place alone
     "Where two states differ, bit by bit, in the order of `a`."
     import torch
     if type(a) is not type(b): return [f'{place}: {type(a).__name__} against {type(b).__name__}']
@@ -49,9 +49,12 @@ def _final(folder, config=None, resume=None):
     "What a training in a process of its own ends in; a `RuntimeError` has its last words."
     words = train_words(folder, config, resume, None, {})
     p = subprocess.run([*TRAIN, *words, '--quiet'], env=clean_env(), capture_output=True, text=True, encoding='utf-8')
-    if p.returncode: raise RuntimeError((p.stderr.strip() or p.stdout.strip()).rpartition('\n')[2])
+    if p.returncode:
+        said = (p.stderr.strip() or p.stdout.strip()).rpartition('\n')[2]
+        raise RuntimeError(said or f'the training ended with {p.returncode} and no word; out of memory, perhaps')
     return load_checkpoint(folder/WORDS['final'])
 
+# %% ../nbs/13_check.ipynb #cad6c3d5
 def verify(
     config:ExperimentConfig, # all but its intervals is used as it is
     steps:int=20,            # to train; the second process begins in the middle
@@ -62,15 +65,16 @@ def verify(
     half = steps//2
     config = override(config, max_steps=steps, save_interval=half, eval_interval=half, keep_last=0, log_interval=1)
     with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
         note(f'{steps} steps straight, then from step {half} on in a second process ...')
-        straight = _final(Path(d)/'straight', config)
-        middle = Path(d)/'straight'/step_name(half)
-        resumed = _final(Path(d)/'resumed', resume=middle)
-        found = differences(straight, resumed, _OWN)
-        again = found and differences(_final(Path(d)/'again', resume=middle), resumed, _OWN)
+        straight = _final(d/'straight', config)
+        found = differences(straight, _final(d/'resumed', resume=d/'straight'/step_name(half)), _OWN)
+        again = found and differences(straight, _final(d/'again', config), _OWN)
     about = ', '.join(f'{k} {straight["software"][k]}' for k in ('device', 'threads', 'amp', 'compile'))
     if not found: note(f'Exact: the same bits in all {leaves(straight)} tensors and numbers ({about}).')
-    else:
-        why = 'two resumes differ too: this machine does not repeat itself' if again else 'two resumes agree: report it'
-        note(f'Not exact: {found[0]}; {len(found)} differ in all. Of this, {why} ({about}).')
+    else: note(f'Not exact: {found[0]}; {len(found)} differ in all. {_verdict(again)} ({about}).')
     return not found
+
+def _verdict(again)->str: # `again`: what differs between two straight runs
+    if again: return 'Two straight runs differ as well: this machine does not repeat itself'
+    return 'Two straight runs agree, so a resume lost something: report it'

@@ -146,15 +146,18 @@ def _verify(a)->int:
     steps = sets.pop('max_steps', 20)
     config = preset(a.config, **sets)
     from lmnb.check import verify
-    return 0 if verify(config, steps) else 1
+    from lmnb.rundir import Stop
+    stop = Stop()
+    with stop.listening(), stop.interruptible(): return 0 if verify(config, steps) else 1
 
 # %% ../nbs/15_cli.ipynb #82987868
 def runs(argv=None, prog='lmnb-runs'):
     "Entry point of `lmnb-runs`."
     p = Parser(prog=prog, allow_abbrev=False, description='The runs below a folder and their checkpoints.')
     p.add_argument('root', nargs='?', default='.', metavar='ROOT', help='folder to search (default: here)')
-    p.add_argument('--tree', action='store_true', help='every checkpoint below what it came from, as a family tree')
-    p.add_argument('--stop', metavar='DIR', help='ask the run in DIR to finish its step, save and end')
+    one = p.add_mutually_exclusive_group()
+    one.add_argument('--tree', action='store_true', help='every checkpoint below what it came from, as a family tree')
+    one.add_argument('--stop', metavar='DIR', help='ask the run in DIR to finish its step, save and end')
     raise SystemExit(run(_runs, p.parse_args(argv, argparse.Namespace(prog=prog))))
 
 def _runs(a):

@@ -116,7 +116,9 @@ def exactness(v:Background, c:Checkpoint)->str:
     if differs: return f'Not exact here ({escape(", ".join(differs))}): bits may differ.'
     device = (v.begin.get('versions') or {}).get('device') # of the last run here
     known = device and device==c.software.get('device') and v.now.host==socket.gethostname()
-    return 'A resume from here is exact.' if known else 'The run says at its start whether it is exact.'
+    if not known or c.config.get('compile') or not device.startswith('cpu'): # what is open is the run's to say
+        return 'The run says at its start whether it is exact.'
+    return 'A resume from here is exact.'
 
 @cache
 def torch_version()->str:

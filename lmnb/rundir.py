@@ -182,8 +182,8 @@ def heal(self:RunDir, run_id:str=None)->list:
 
 @patch
 def take_name(self:RunDir, name:str, to:Checkpoint):
-    "Give `name` to a living file; a trunk that loses it keeps its step's name."
-    if name=='trunk_model.pt': self.keep_named(name, to.step)
+    "Give `name` to a living file; a trunk or final file that loses it keeps its step's name."
+    if name!=WORDS['best']: self.keep_named(name, to.step)
     if not (self/name).exists() or not os.path.samefile(self/name, to.path): link(to.path, self/name)
 
 @patch

@@ -34,43 +34,49 @@ def _step_and_loss(c)->str:
 @dataclass
 class Node:
     "One state of a run: the files that hold it, and the states that were trained from it."
-    at:tuple                                      # segment id and step
+    segment:str                                   # id of the last segment of its lineage
+    step:int
     files:list = field(default_factory=list)      # of `Checkpoint`, all of this state
     children:list = field(default_factory=list)   # of `Node`
 
-def family(root='.')->list: # of `Node`
+    @property
+    def line(self)->list: return self.files[0].lineage # segments, the last one its own
+
+def family(root='.')->list: # of `Node`, by their steps
     "The states below `root` that come from no other one there; the others are their children."
-    nodes,segments = {},{}
+    nodes,made = {},{} # by segment and step; by segment
     for run in find_runs(root):
         for folder in (run.path, *sorted((run/'superseded').glob('*/'))):
             for c in list_checkpoints(folder):
                 at = (c.lineage[-1]['id'], c.step) if c.lineage and not c.error else (str(c.path), 0)
-                if at not in nodes: nodes[at] = Node(at); segments.setdefault(at[0], []).append(nodes[at])
+                if at not in nodes: made.setdefault(at[0], []).append(nodes.setdefault(at, Node(*at)))
                 nodes[at].files.append(c)
     roots = []
-    for n in sorted(nodes.values(), key=lambda n: n.at[1]):
-        ends = last_step_of(n.files[0].lineage)|{n.at[0]: n.at[1]-1} # of each segment, the last step on the way to here
-        before = ([m for m in segments.get(i, []) if m.at[1]<=end] for i,end in reversed(ends.items()))
-        parent = next((max(ms, key=lambda m: m.at[1]) for ms in before if ms), None)
+    for n in sorted(nodes.values(), key=lambda n: n.step):
+        n.files.sort(key=lambda c: ('superseded' in c.path.parts, str(c.path)))
+        parent = _parent(n, made)
         (parent.children if parent else roots).append(n)
     return roots
+
+def _parent(node, made)->Node|None:
+    "The nearest state on the way to `node`: of its own segment, else of the latest one before that has any."
+    ends = last_step_of(node.line)|{node.segment: node.step-1} # the last step of each segment that is on the way
+    for segment,end in reversed(ends.items()):
+        if on := [n for n in made.get(segment, ()) if n.step<=end]: return max(on, key=lambda n: n.step)
 
 # %% ../nbs/12_runs.ipynb #7a56294d
 def runs_tree(root='.')->str:
     "All checkpoints below `root`, each below what it was trained from, with step and validation loss."
-    return '\n'.join(l for n in family(root) for l in _drawn(n)) or f'no runs below {root}'
+    lines,todo = [],[(n, '', '') for n in reversed(family(root))]
+    while todo:
+        node,head,pad = todo.pop()
+        lines.append(head+_label(node))
+        def counts(n): return 'superseded' not in n.files[0].path.parts,_run(n)==_run(node),n.segment==node.segment
+        *branches,main = sorted(node.children, key=counts) or [None]
+        todo += [(main, pad, pad)]*bool(main) + [(b, f'{pad}├─ ', f'{pad}│  ') for b in reversed(branches)]
+    return '\n'.join(lines) or f'no runs below {root}'
 
-def _drawn(node)->list:
-    "A state and all that came of it, as lines."
-    lines = []
-    while node:
-        lines.append(_label(node))
-        def counts(n): return 'superseded' not in n.files[0].path.parts,n.at[0]==node.at[0],-n.at[1]
-        *branches,node = sorted(node.children, key=counts) or [None]
-        for b in branches:
-            head,*rest = _drawn(b)
-            lines += [f'├─ {head}', *(f'│  {l}' for l in rest)]
-    return lines
+def _run(node): return node.line[-1].get('run_id') if node.line else node.segment
 
 def _label(node)->str:
     c = node.files[0]

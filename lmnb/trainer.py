@@ -17,7 +17,7 @@ from fastcore.basics import GetAttr, patch
 
 from .checkpoint import FORMAT, CheckpointError, Writer, describe, load_checkpoint
 from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, override, preset
-from .engine import Band, Engine, surroundings, threads_as
+from .engine import Band, Engine, on_threads
 from .history import Console, Events, backfill, in_notebook, keep_record, program, say
 from .rundir import (AUTO, BEGAN, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
@@ -40,7 +40,8 @@ class Trainer(GetAttr):
         self.run,self.where = RunDir(checkpoint_dir),'new run' if new_run else 'new' # or as `home_of` says
         if not new_run: self.run.refuse_new_run()
         self._setup(listeners, stop, quiet, config)
-        self.plan,self.parent,self.differs,self.done = Plan.straight(self.config),None,[],False
+        self.plan,self.parent,self.done = Plan.straight(self.config),None,False
+        self.lacks,self.software = [],self.engine.surroundings() # that what is gone on from had
         self._join([])
 
     def __repr__(self):
@@ -133,8 +134,8 @@ def _save(self:Trainer, names):
         raise TrainingFailed(f'step {self.step} is not saved: {bad} is not finite. A lower lr in a new run may do')
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
     if WORDS['best'] in names: self.named_best = self.val_loss
-    if WORDS['trunk'] in names:
-        with self._disk_may_refuse(): self.run.keep_named(WORDS['trunk'], self.step)
+    with self._disk_may_refuse():
+        for name in {WORDS['trunk'], WORDS['final']} & set(names): self.run.keep_named(name, self.step)
     self.writer.save(self.state_dict(), names)
     self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
     self._collect()
@@ -178,7 +179,7 @@ def fit(self:Trainer,
     self.interrupted = None
     if self._complete(): return self
     gpu = [torch.cuda.current_device()] if self.device.type=='cuda' else [] # generators are given back as they were
-    with self.run.locked(), torch.random.fork_rng(gpu), self.stop.listening():
+    with self.run.locked(), torch.random.fork_rng(gpu), on_threads(self.engine.threads), self.stop.listening():
         self._refuse_newer()
         self._begin()
         failed = True
@@ -212,8 +213,8 @@ def _loop(self:Trainer):
 @patch
 def _spiked(self:Trainer, loss, mean, std):
     "Warn of a loss far above its band, with the line that goes back to before it."
-    before = next((c for c in self.run.living() if c.step and c.step<self.step and not c.error), None)
-    back = f'; to go back: {self._command(str(before.path))}' if before else ''
+    kept = (c for c in self.run.living() if c.path.name==step_name(c.step or 0) and c.step<self.step and not c.error)
+    back = next((f'; to go back: {self._command(str(c.path))}' for c in kept), '')
     self._warn('spike', f'step {self.step}: loss {loss:.3f} left its band ({mean:.3f} + 7 x {std:.3f}){back}')
 
 @patch
@@ -268,10 +269,12 @@ def _announce(self:Trainer):
     "Open the event file, say what begins, and let the heart beat."
     segment,n = self.lineage[-1],self.plan.max_steps
     self.events = Events(self.run.path, segment['run_id'], segment['id'], [self._display()], self.listeners)
-    both = dict(step=self.step, max_steps=n, command=sys.argv, versions=surroundings(self.config, self.device))
+    both = dict(step=self.step, max_steps=n, command=sys.argv, versions=self.engine.surroundings())
     about = dict(both, lineage=self.lineage, config=asdict(self.config), plan=self.plan.state_dict())
-    exact = self.engine.exactness(self.differs)=='exact'
-    if self.step: about |= dict(parent=self.parent and str(self.parent), exact=exact, differs=self.differs)
+    differs = self._differs()
+    exact = self.engine.exactness(differs)=='exact'
+    if self.step: about |= dict(parent=self.parent and str(self.parent), exact=exact, differs=differs)
+    self.lacks,self.software = [],both['versions'] # of the next `fit`, which goes on from here
     self.events.emit('resume' if self.step else 'start', **about)
     self.beat = Heartbeat(self.run, self.stop, state='running', run_id=segment['run_id'], **both)
     self.dts,self.told,self.failed_at,self.last_save = [],-math.inf,None,time.monotonic() # the first step is told
@@ -429,7 +432,6 @@ def _restore(self:Trainer, path, saved, extend_steps, config, changes, *setup, *
         say(f'--config is ignored; the checkpoint has {", ".join(f"{k} {a!r}, not {b!r}" for k,(a,b) in d.items())}.')
     if not saved.get('data_state'):
         say(f'{path.name} carries no data: that this is the data it was trained on could not be checked.')
-    threads_as(saved.get('software'))
     self._setup(*setup, override(new, max_steps=self.plan.max_steps), saved, **data)
     self.engine.load(saved, path.name)
     self._take_over(path, saved)
@@ -443,12 +445,15 @@ def _take_over(self:Trainer, path, saved):
     self.step,self.parent,self.ckpt = saved['global_step'],from_here(path),describe(path)
     self.ckpt.step,self.ckpt.lineage = self.step,saved['lineage'] # a foreign file's description lacks them
     self.train_history,self.val_history = saved['train_history'],saved['val_history']
-    self.band = Band(r['loss'] for r in self.train_history if r['step']>self.step-1000)
+    self.band = Band(r['loss'] for r in self.train_history if r['step']>self.step-200)
     known = [dict(step=self.step, loss=saved.get('val_loss')), *self.val_history[-1:]] # older files: their record
     self.evaluated = next((r for r in known if r['loss'] is not None and r['step']==self.step), self.evaluated)
     if not self.engine.new_data: self.best_val_loss = saved['best_val_loss']
     self._join(saved['lineage'])
-    self.differs = self.engine.differs(saved)
+    self.lacks,self.software = self.engine.lacks(saved),saved.get('software') or {}
+
+@patch
+def _differs(self:Trainer)->list: return self.engine.differs(self.software)+self.lacks
 
 @patch
 def _resume_line(self:Trainer, before)->str:
@@ -458,4 +463,4 @@ def _resume_line(self:Trainer, before)->str:
         how = dict(straight='as if so long from the start', climb='the learning rate climbs back first',
                    fall='the learning rate falls from here')[self.plan.segments[-1]['kind']]
         seam = f' ({"extended" if n>before.max_steps else "shortened"} from {before.max_steps}, {how})'
-    return f'Resuming {self.parent} at step {self.step}, going to {n}{seam}: {self.engine.exactness(self.differs)}.'
+    return f'Resuming {self.parent} at step {self.step}, going to {n}{seam}: {self.engine.exactness(self._differs())}.'

@@ -1,6 +1,6 @@
 """Straight against stopped and resumed: chains of sessions, each ended in its own way, must end in the straight run's bits.
 
-    python tests/exact.py [CHAINS] [SEED]   random chains (200), some through the compiler; a table of what was tried
+    python tests/exact.py [CHAINS [SEED]]   all of it: fixed cases, random chains (200; thousands for a night), lmnb-verify
 
 A chain plays a `Case` in a folder, a process a session, and is compared with the same training undisturbed: every
 tensor and number of every checkpoint that both have, and the batch of every step.
@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -279,11 +280,13 @@ class Lab:
         for c in RunDir(chain.run).living():
             a, b = (load_checkpoint(p, note=lambda _: None) for p in (c.path, straight.run/step_name(c.step)))
             last = c.path.name == 'final_model.pt'
-            if a['scheduler_state_dict'] != b['scheduler_state_dict'] and not last: continue  # of an earlier leg
-            unfinished = EVALUATED if a['val_loss'] is None and not last else set()  # saved in the middle of its evaluation
+            if a['scheduler_state_dict'] != b['scheduler_state_dict'] and not last:
+                chain.used['in all', 'checkpoints of earlier legs, not compared'] += 1
+                continue
+            cut = a['val_loss'] is None and b['val_loss'] is not None and not last  # saved in the middle of its evaluation
             more = {leg.total for leg in case.legs[:-1]}-{r['step'] for r in b['val_history']}
             evaluated = [r for r in a['val_history'] if r['step'] not in more]  # ends of earlier legs, where no seam is left
-            leave_out = skip | unfinished | ({'best_val_loss'} if evaluated != a['val_history'] else set())
+            leave_out = skip | (EVALUATED if cut else set()) | ({'best_val_loss'} if evaluated != a['val_history'] else set())
             a['val_history'] = evaluated
             wrong += [f'{c.path.name}{d}' for d in differences(vars_of(a), vars_of(b), leave_out)]
             chain.used['in all', 'checkpoints compared'] += 1
@@ -330,18 +333,21 @@ def cases(draw):
 
 
 def main(chains=200, start=0):
-    "Play random chains, and some through the compiler; print the tables; exit 1 if one differed."
+    "Run the fixed cases, random chains and `lmnb-verify`; print the tables; exit 1 if anything differed."
     used, bad, lab = Counter(), [], Lab(tempfile.mkdtemp())
     os.environ['LMNB_CACHE'] = str(lab.root/'cache')
+    fixed = subprocess.run([sys.executable, '-m', 'pytest', '-q', *('test_exact.py', 'test_lineage.py', 'test_verify.py')], cwd=Path(__file__).parent,
+                           capture_output=True, text=True)
 
     def play(case):
         used['in all', 'chains'] += 1
         try: wrong, chain = lab.check(case, lab.root/f'chain{used["in all", "chains"]}')
-        except AssertionError as e: wrong, chain = [str(e)], None
+        except Exception as e: wrong, chain = [repr(e)], None
         if wrong: bad.append(case); print(case, *wrong[:5], sep='\n  ', flush=True)
         used.update(chain.used if chain else {})
         used.update((k, str(v)) for k, v in case.training.items())
         used.update(('changed at each resume', k) for k in case.changes)
+        used.update({('in all', 'extensions'): len(case.legs)-1, ('listeners, of which the first raises', str(case.listeners)): 1})
 
     seed(start)(settings(max_examples=chains, deadline=None, database=None, phases=[Phase.generate],
                          suppress_health_check=list(HealthCheck))(given(cases())(play)))()
@@ -350,11 +356,19 @@ def main(chains=200, start=0):
         play(Case((Leg(24, None, stops), Leg(40, 'trunk', stops)), dict(compile=True, optimizer=optimizer, amp=amp, dropout=.2)))
     print('| what | tried | times |\n|---|---|---|')
     for (what, value), n in sorted(used.items(), key=lambda x: (x[0][0], -x[1])): print(f'| {what} | {value} | {n} |')
+
     print('\n| micro-batches of 1 against the whole batch, 60 steps, no dropout | largest relative difference of a loss |\n|---|---|')
     for how in product(('muon', 'adamw'), ('off', 'bf16')): print(f'| {", ".join(how)} | {rounding(lab.text, lab.root, *how):.1e} |')
+    print('\n| `lmnb-verify --config small`, all cores | said |\n|---|---|')
+    del os.environ['OMP_NUM_THREADS']
+    for sets in ([], ['dropout=0.1', 'micro_batch_size=1'], ['optimizer=adamw', 'amp=bf16'], ['amp=fp16'], ['compile=True']):
+        done = subprocess.run([sys.executable, '-m', 'lmnb.cli', 'verify', '--config', 'small', '--set', 'max_steps=10', *sets],
+                              capture_output=True, text=True)
+        if done.returncode: bad.append(sets)
+        print(f'| {" ".join(sets) or "as it is"} | {(done.stdout or done.stderr).splitlines()[-1]} |', flush=True)
     shutil.rmtree(lab.root)
-    print(f'\n{used["in all", "chains"]} chains, {len(bad)} with a difference')
-    return bool(bad)
+    print(f'\nFixed cases: {fixed.stdout.splitlines()[-1]}.\n{used["in all", "chains"]} chains, {len(bad)} with a difference.')
+    return bool(bad) or fixed.returncode
 
 
 if __name__ == '__main__': raise SystemExit(main(*map(int, sys.argv[1:])))

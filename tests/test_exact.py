@@ -1,4 +1,6 @@
 "Stopped any way, moved, extended: the bits are the straight run's; and \"exact\" is said only where it is true."
+import subprocess
+import sys
 import time
 
 import exact
@@ -152,14 +154,17 @@ def skip_a_batch(engine): engine.corpus.train = engine.corpus.train[32:]
 def lose_a_moment(engine): next(iter(engine.opts[0].state.values()))['momentum_buffer'].zero_()
 def forget_the_scale(engine): engine.scaler = torch.amp.GradScaler('cpu')
 def round_a_weight(engine): engine.model.state_dict()['embed.weight'][0, 0] += 1e-6
+def forget_the_best(trainer): trainer.best_val_loss = float('inf')
 
 
-@pytest.mark.parametrize('fault', [skip_a_batch, lose_a_moment, forget_the_scale, round_a_weight])
-def test_the_harness_sees_a_fault(lab, tmp_path, monkeypatch, fault):
-    load = Engine.load
-    monkeypatch.setattr(Engine, 'load', lambda self, *a: (load(self, *a), fault(self)))
-    wrong, _ = lab.check(Case((Leg(30, stops=(('SIGTERM', 17, 'latest'),)),), dict(amp='fp16')), tmp_path/'chain')
-    assert any('final_model.pt' in w for w in wrong)
+@pytest.mark.parametrize('owner, name, fault', [
+    (Engine, 'load', skip_a_batch), (Engine, 'load', lose_a_moment), (Engine, 'load', forget_the_scale), (Engine, 'load', round_a_weight),
+    (Trainer, '_take_over', forget_the_best)])
+def test_the_harness_sees_a_fault(lab, tmp_path, monkeypatch, owner, name, fault):
+    sound = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *a: (sound(self, *a), fault(self)))
+    wrong, _ = lab.check(Case((Leg(30, stops=(('SIGTERM', 21, 'latest'),)),), dict(amp='fp16')), tmp_path/'chain')
+    assert wrong  # the trunk, at 22, still has the best of 20
 
 
 # What is said of it ----------------------------------------------------------------------------------------------------
@@ -182,7 +187,8 @@ def other_text(path, monkeypatch): (path.parent/'other.txt').write_text('quite a
 
 CHANGED = {
     'threads 1 → 2': (lambda *_: torch.set_num_threads(2), {}),
-    'matmul highest → medium': (lambda *_: torch.set_float32_matmul_precision('medium'), {}),
+    'maths ieee → bf16': (lambda *_: torch.set_float32_matmul_precision('medium'), {}),
+    'maths ieee → ieee MKL_CBWR=COMPATIBLE': (lambda path, m: m.setenv('MKL_CBWR', 'COMPATIBLE'), {}),
     'torch 2': (lambda path, m: m.setattr(torch, '__version__', '9.9'), {}),
     'lmnb 0': (lambda path, m: m.setattr(lmnb.engine, '__version__', '9.9'), {}),
     'device cpu (': (lambda path, m: m.setattr(lmnb.engine, 'device_name', lambda kind: 'cpu (another one)'), {}),
@@ -213,10 +219,32 @@ def test_what_differs_is_said(stopped, monkeypatch, capsys, what):
 
 def test_exact_is_said_where_it_is_true(stopped, monkeypatch, capsys):
     monkeypatch.delenv('OMP_NUM_THREADS')
-    torch.set_num_threads(2)   # the checkpoint's number is taken back
-    Trainer.resume(stopped).fit(max_minutes=0)
-    assert torch.get_num_threads() == 1 and ': exact.' in capsys.readouterr().out
-    assert events(stopped.parent, 'resume')[-1]['exact'] is True and events(stopped.parent, 'resume')[-1]['differs'] == []
+    torch.set_num_threads(2)   # the checkpoint's number is taken, and the notebook's given back
+    t = Trainer.resume(stopped).fit(max_minutes=0)
+    assert torch.get_num_threads() == 2 and ': exact.' in capsys.readouterr().out
+    t.fit(max_minutes=0)
+    monkeypatch.setenv('MKL_CBWR', 'COMPATIBLE')   # too late to act, but who knows
+    t.fit(max_minutes=0)
+    torch.set_num_threads(1)
+    resumes = events(stopped.parent, 'resume')[-3:]
+    assert [(e['exact'], e['differs']) for e in resumes] == [(True, [])]*2+[(False, ['maths ieee → ieee MKL_CBWR=COMPATIBLE'])]
+    assert {e['versions']['threads'] for e in resumes} == {1}
+
+
+def test_torchs_own_ways_to_set_precision():
+    "The old question about it raises once the new way was taken."
+    code = ("import torch; torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+            "from lmnb.engine import maths; print(maths('cpu'), maths('cuda'))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.split() == ['tf32', 'tf32'], done.stderr
+
+
+def test_a_scale_that_is_not_there_is_no_exact_resume(stopped, capsys):
+    Trainer.resume(stopped, amp='fp16', quiet=True).fit(max_minutes=0)
+    auto = stopped.parent/'checkpoint_auto.pt'
+    torch.save(torch.load(auto) | dict(scaler_state_dict={}), auto)
+    Trainer.resume(auto)
+    assert 'not exact (no scaler_state_dict)' in capsys.readouterr().out
 
 
 def test_of_a_compiler_only_so_much_is_said(stopped, monkeypatch, capsys):

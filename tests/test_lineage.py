@@ -10,10 +10,11 @@ from exact import ENDS, TINY, forked, train
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import lmnb.runs
 from lmnb import Trainer, load_checkpoint, load_history, preset
 from lmnb.checkpoint import describe
 from lmnb.engine import Engine
-from lmnb.rundir import AUTO, WORDS, RunDir
+from lmnb.rundir import AUTO, WORDS, RunDir, is_ancestor
 from lmnb.runs import family
 from lmnb.trainer import new_id
 
@@ -23,7 +24,7 @@ FOLDERS = ('a', 'b', 'c')
 
 @dataclass(frozen=True)
 class Deed:
-    "One command: a new run (`file` None) or a resume of the file of that number, and how the session ends."
+    "One command: a new run (`file` None) or a resume of the file of that number, and how it ends (`rm`: the user deletes that file)."
     folder: str           # of a new run or a branch; '' for a resume where the file lies
     file: int = None
     total: int = 0        # steps more, or fewer, than the file's plan has
@@ -35,7 +36,8 @@ class Deed:
 resumes = st.builds(Deed, st.sampled_from(('', '', '', *FOLDERS)), st.integers(0, 99), st.integers(-12, 20), how=st.sampled_from((None, *KINDS)),
                     after=st.integers(1, 12))
 starts = st.builds(Deed, st.sampled_from(FOLDERS), new_run=st.booleans(), how=st.sampled_from((None, *KINDS)), after=st.integers(1, 20))
-lives = st.lists(st.one_of(resumes, resumes, resumes, starts), min_size=3, max_size=8)
+deletions = st.builds(Deed, st.just(''), st.integers(0, 99), how=st.just('rm'))
+lives = st.lists(st.one_of(resumes, resumes, resumes, starts, deletions), min_size=3, max_size=9)
 
 
 class World:
@@ -53,6 +55,10 @@ class World:
         paths = self.paths()
         if deed.file is not None and not paths: return 'nothing there'
         path = None if deed.file is None else paths[deed.file % len(paths)]
+        if deed.how == 'rm':
+            path.unlink()
+            del self.files[path]
+            return 'deleted'
         def prepare(**kw):
             if path is None: return Trainer(self.config, self.root/deed.folder, new_run=deed.new_run, **kw)
             total = describe(path).max_steps+deed.total
@@ -68,6 +74,7 @@ class World:
         if code == 2: assert self.files == before
         self.nothing_is_lost(before)
         self.all_is_true(before, came_from)
+        if code in (0, 3) and deed.folder: self.best_is_best(self.root/deed.folder)
         return code
 
     def known(self, path):
@@ -96,8 +103,28 @@ class World:
             if c['val_loss'] is None: continue
             self.judge.load(c, 'a file')
             assert self.judge.evaluate() == c['val_loss'] >= c['best_val_loss']
-        def files(nodes): return [f for n in nodes for f in (*n.files, *files(n.children))]
-        assert {p for f in files(family(self.root)) for p in (f.path.parent/n for n in f.names)} == set(self.paths())
+        self.the_tree_is_true()
+
+    def the_tree_is_true(self):
+        "Every file stands in it once, below its nearest ancestor."
+        drawn, pairs = [], []
+        def walk(nodes, above=None):
+            for n in nodes:
+                drawn.extend(n.files)
+                pairs.append((above, n))
+                walk(n.children, n)
+        walk(family(self.root))
+        assert sorted(f.path.parent/name for f in drawn for name in f.names) == sorted(self.paths())
+        for above, n in pairs:
+            before = [f for f in drawn if is_ancestor(f, n.files[0]) and (f.step, f.lineage) != (n.step, n.line)]
+            assert (above.step if above else None) == max((f.step for f in before), default=None)
+            if above: assert is_ancestor(above.files[0], n.files[0])
+
+    def best_is_best(self, run):
+        "After a session that ended well: no living file of this run's line has a lower loss than the best one."
+        living = [c for c in RunDir(run).living() if c.path.name != AUTO]
+        mine = [c for c in living if c.val_loss and c.lineage[-1]['run_id'] == living[0].lineage[-1]['run_id'] and is_ancestor(c, living[0])]
+        if mine: assert describe(run/WORDS['best']).val_loss <= min(c.val_loss for c in mine)
 
     def histories_follow(self):
         "The history of each run is its lineage's own, each step once, and every checkpoint on that line remembers the same."
@@ -139,10 +166,19 @@ def claim_another_step(monkeypatch): monkeypatch.setattr(Trainer, '_join', lambd
 def say_a_lower_loss(monkeypatch): monkeypatch.setattr(Engine, 'evaluate', lambda self, f=Engine.evaluate: f(self)-(self is not World.judge))
 
 
+def hang_from_the_oldest(monkeypatch):
+    monkeypatch.setattr(lmnb.runs, 'max', min, raising=False)
+
+
 GO_BACK = (Deed('a'), Deed('', 1, 12), Deed('', 0, 30), Deed('', 2, 5, how='SIGTERM'))
 
 
-@pytest.mark.parametrize('fault', [delete_instead, forget_the_trunk, claim_another_step, say_a_lower_loss])
+def test_final_of_a_run_without_its_periodic_files(text, tmp_path):
+    "The user deleted them to save space; the extension then needs the names of the rest."
+    live((Deed('a'), Deed('', 0, how='rm'), Deed('', 0, how='rm'), Deed('', 0, how='rm'), Deed('', 1, 12)), tmp_path/'world', text)
+
+
+@pytest.mark.parametrize('fault', [delete_instead, forget_the_trunk, claim_another_step, say_a_lower_loss, hang_from_the_oldest])
 def test_a_fault_is_seen(text, tmp_path, monkeypatch, fault):
     live(GO_BACK, tmp_path/'sound', text)
     fault(monkeypatch)
