@@ -29,14 +29,14 @@ FORMS = {  # how the rate comes back: its share of the peak `k` steps after the 
 }
 
 
-def climbing(form):
-    "Within the block, climbs have this form."
+def climbing(form, schedule):
+    "Within the block, climbs have this form, and go back to the plan of a straight run."
     straight = planning.Plan.lr
     def lr(self, k):
         s = self.begun(k)[-1]
         if k < 1 or s['kind'] != 'climb': return straight(self, k)
         c = self.config
-        return min(planning.straight_lr(c, s['max_steps'], k), c.lr*FORMS[form](k-s['from_step'], s['lr']/c.lr))
+        return min(planning.straight_lr(c, s['max_steps'], k, schedule), c.lr*FORMS[form](k-s['from_step'], s['lr']/c.lr))
     return patch.object(planning.Plan, 'lr', lr)
 
 
@@ -56,9 +56,10 @@ def measure(root, seed, schedule):
     out = {f'straight {N}': straight['val_loss'], f'straight {N//2}': half['val_loss']}
     best = 'best' if load_checkpoint(where/f'{N//2}'/'best_model.pt')['global_step'] != N//2 else None
     for name in filter(None, ('final', best)):
+        begin = lambda d: Trainer.resume(where/f'{N//2}'/f'{name}_model.pt', d, extend_steps=N, quiet=True)
+        if schedule == 'cosine': out[f'from {name}, {USED}, constant, linear fall'] = done(where/'constant', begin)['val_loss']
         for form in [USED] if N > 600 else FORMS if schedule == 'wsd' else ('at once', 'line of 10', 'line of 20', 'line of 50'):
-            begin = lambda d: Trainer.resume(where/f'{N//2}'/f'{name}_model.pt', d, extend_steps=N, quiet=True)
-            with climbing(form): out[f'from {name}, {form}'] = done(where/f'{name} {form}', begin)['val_loss']
+            with climbing(form, schedule): out[f'from {name}, {form}'] = done(where/f'{name} {form}', begin)['val_loss']
     if schedule == 'wsd':
         trunk = done(where/'trunk', lambda d: Trainer.resume(where/f'{N//2}'/'trunk_model.pt', d, extend_steps=N, quiet=True))
         same = all(torch.equal(a, trunk['model_state_dict'][k]) for k, a in straight['model_state_dict'].items())

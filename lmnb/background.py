@@ -281,7 +281,7 @@ def rates(self:Ahead)->str:
     rises = last['from_step']+last['climb_steps'] if last['kind']=='climb' else self.config.warmup_steps
     until = max(step, min(rises, self.n))
     top = max(range(step, until+1), key=lambda k: (lr(k), -k)) # the first step at the highest rate
-    fall = max(fall_start(self.config, self.n), top)
+    fall = max(fall_start(self.config, self.n, self.plan.schedule(self.n)), top)
     up = f'up from {rate(now)} to {rate(lr(top))} by {top:,}' if top>step else rate(now)
     return f'LR {up}'+(f', down from {fall:,}' if self.n>fall else '')
 

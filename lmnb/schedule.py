@@ -14,21 +14,27 @@ from fastcore.basics import patch
 from .config import ExperimentConfig
 
 # %% ../nbs/03_schedule.ipynb #e683c270
-def fall_start(c:ExperimentConfig, max_steps:int)->int:
-    "The last step before the fall of a straight run of `max_steps`."
-    return max_steps-round(c.cooldown_frac*max_steps) if c.schedule=='wsd' else min(c.warmup_steps, max_steps)
+def fall_start(
+    c:ExperimentConfig,
+    max_steps:int,   # length of the straight run
+    schedule:str='', # `wsd` or `cosine`; empty: the config's
+)->int:
+    "The last step before the fall of a straight run."
+    wsd = (schedule or c.schedule)=='wsd'
+    return max_steps-round(c.cooldown_frac*max_steps) if wsd else min(c.warmup_steps, max_steps)
 
 def straight_lr(
     c:ExperimentConfig,
-    max_steps:int,  # length of the straight run
-    k:int,          # step, counted from 1
+    max_steps:int,   # length of the straight run
+    k:int,           # step, counted from 1
+    schedule:str='', # `wsd` or `cosine`; empty: the config's
 )->float:
     "The rate of step `k` in a run of `max_steps` that was never extended."
     warm = min(1., k/c.warmup_steps) if c.warmup_steps else 1.
-    start = fall_start(c, max_steps)
+    start = fall_start(c, max_steps, schedule)
     if k<=start: return c.lr*warm
     x = min(1., (k-start)/(max_steps+1-start))
-    down = 1-x if c.schedule=='wsd' else .5*(1+math.cos(math.pi*x))
+    down = 1-x if (schedule or c.schedule)=='wsd' else .5*(1+math.cos(math.pi*x))
     return c.lr*min(warm, c.min_lr_frac+(1-c.min_lr_frac)*down)
 
 # %% ../nbs/03_schedule.ipynb #bf468ffa
@@ -57,8 +63,8 @@ class Plan:
         if s['kind']=='fall':
             end = min(c.min_lr_frac*c.lr, s['lr'])
             return end+(s['lr']-end)*max(0., 1-(k-s['from_step'])/(s['max_steps']+1-s['from_step']))
-        rate = straight_lr(c, s['max_steps'], k)
-        return rate if s['kind']=='straight' else min(rate, s['lr']+(k-s['from_step'])*c.lr/s['climb_steps'])
+        if s['kind']=='straight': return straight_lr(c, s['max_steps'], k)
+        return min(straight_lr(c, s['max_steps'], k, 'wsd'), s['lr']+(k-s['from_step'])*c.lr/s['climb_steps'])
 
     def state_dict(self)->dict: return dict(segments=[dict(s) for s in self.segments])
 
@@ -86,21 +92,26 @@ def plan_from(
 
 # %% ../nbs/03_schedule.ipynb #cab1ba72
 @patch
+def schedule(self:Plan, step:int)->str:
+    "The shape that step `step` is on: the config's, but of a constant rate and a linear fall after a climb."
+    return 'wsd' if self.begun(step)[-1]['kind']=='climb' else self.config.schedule
+
+@patch
 def before_fall(self:Plan, step:int)->bool:
     "Whether nothing up to `step` has seen the run's length."
     last = self.begun(step)[-1]
-    return last['kind']!='fall' and step<=fall_start(self.config, last['max_steps'])
+    return last['kind']!='fall' and step<=fall_start(self.config, last['max_steps'], self.schedule(step))
 
 @patch
 def at_trunk(self:Plan, step:int)->bool:
     "Whether the rate at `step` is a straight run's before its cooldown: a trunk, wherever the cooldown begins."
-    straight = straight_lr(self.config, self.begun(step)[-1]['max_steps'], step)
-    return self.config.schedule=='wsd' and self.before_fall(step) and self.lr(step)==straight
+    straight = straight_lr(self.config, self.begun(step)[-1]['max_steps'], step, 'wsd')
+    return self.schedule(step)=='wsd' and self.before_fall(step) and self.lr(step)==straight
 
 @patch(as_prop=True)
 def trunk_step(self:Plan)->int|None:
     "The last step before the cooldown, from which the run can be extended exactly; None if there is none."
-    step = fall_start(self.config, self.max_steps)
+    step = fall_start(self.config, self.max_steps, self.schedule(self.max_steps))
     begun = self.segments[-1]['from_step']<step<self.max_steps
     return step if begun and self.at_trunk(step) else None # not inside a climb
 
@@ -115,9 +126,10 @@ def extended(self:Plan,
         raise ValueError(f'extend_steps={max_steps} must be above the checkpoint\'s step {step}: it is the new total')
     done,c,rate = self.begun(step),self.config,self.lr(step)
     shorter = max_steps<done[-1]['max_steps']
-    if self.at_trunk(step) or self.before_fall(step) and not shorter: # cosine and climbs have no constant part to end
-        if step<=fall_start(c, max_steps): return Plan(c, (*done[:-1], {**done[-1], 'max_steps':max_steps}))
+    if self.at_trunk(step) or self.before_fall(step) and not shorter: # there is no constant part to end elsewhere
+        in_time = step<=fall_start(c, max_steps, self.schedule(step))
+        if in_time: return Plan(c, (*done[:-1], {**done[-1], 'max_steps':max_steps}))
         shorter = True # no time for a whole cooldown: down at once
     add = dict(from_step=step, max_steps=max_steps, lr=rate)
-    if shorter or straight_lr(c, max_steps, step+1)<rate: return Plan(c, (*done, dict(kind='fall', **add)))
+    if shorter or straight_lr(c, max_steps, step+1, 'wsd')<rate: return Plan(c, (*done, dict(kind='fall', **add)))
     return Plan(c, (*done, dict(kind='climb', climb_steps=CLIMB_STEPS, **add)))

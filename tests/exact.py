@@ -327,7 +327,7 @@ def cases(draw):
     def stops(least): return tuple(draw(st.lists(stop, min_size=least, max_size=4)))
     legs = [Leg(draw(st.integers(10, 40)), None, stops(1))]
     for _ in range(draw(st.integers(0, 2))):
-        sources = ['best', 'final', 'latest'] + ['trunk']*3*(training['schedule'] == 'wsd')
+        sources = ['best', 'final', 'latest', 'trunk', 'trunk']
         legs.append(Leg(legs[-1].total+draw(st.integers(4, 25)), draw(st.sampled_from(sources)), stops(0)))
     return Case(tuple(legs), training, changes, draw(st.sampled_from((0, 0, 3))))
 

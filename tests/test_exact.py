@@ -89,6 +89,7 @@ def test_extended(same, what):
 
 def test_extended_cosine(same):
     for source in ('best', 'final'): assert len(same(Leg(24), Leg(40, source, STOP), schedule='cosine').plan.segments) == 2
+    assert len(same(Leg(24), Leg(60, 'final', STOP), Leg(80, 'trunk', STOP), schedule='cosine').plan.segments) == 2
 
 
 @pytest.mark.parametrize('field', CHANGES)
