@@ -57,7 +57,7 @@ def measure(root, seed, schedule):
     best = 'best' if load_checkpoint(where/f'{N//2}'/'best_model.pt')['global_step'] != N//2 else None
     for name in filter(None, ('final', best)):
         begin = lambda d: Trainer.resume(where/f'{N//2}'/f'{name}_model.pt', d, extend_steps=N, quiet=True)
-        if schedule == 'cosine': out[f'from {name}, {USED}, constant, linear fall'] = done(where/'constant', begin)['val_loss']
+        if schedule == 'cosine': out[f'from {name}, {USED}, constant, linear fall'] = done(where/f'{name} constant', begin)['val_loss']
         for form in [USED] if N > 600 else FORMS if schedule == 'wsd' else ('at once', 'line of 10', 'line of 20', 'line of 50'):
             with climbing(form, schedule): out[f'from {name}, {form}'] = done(where/f'{name} {form}', begin)['val_loss']
     if schedule == 'wsd':
