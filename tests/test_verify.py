@@ -83,3 +83,11 @@ def test_on_all_cores_as_users_run_it(text, tmp_path, monkeypatch, call):
     monkeypatch.delenv('OMP_NUM_THREADS')
     done = call('--config', 'small', '--set', f'data={text}', 'vocab_size=300', 'max_steps=4', 'eval_batches=1', cwd=tmp_path, program='verify')
     assert done.code == 0, done.out
+
+
+def test_the_compiler_repeats_itself_on_all_cores(text, tmp_path, monkeypatch, call):
+    "Its threads add up an embedding's gradient in one order."
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path/'kernels'))
+    done = call('--config', 'small', '--compile', '--set', f'data={text}', 'n_layer=1', 'max_steps=6', 'eval_batches=1', cwd=tmp_path, program='verify')
+    assert done.code == 0, done.out
