@@ -162,6 +162,7 @@ def _checked(state, path, note, size):
     if type(v := state.get('format_version', FORMAT)) is not int or v!=FORMAT:
         raise CheckpointError(f'{path} has format_version {v!r:.20}, this lmnb reads {FORMAT}: upgrade lmnb')
     if missing := [k for k in NINE if k not in state]: raise CheckpointError(f'{path} lacks {", ".join(missing)}')
+    _refuse_endless(state, path)
     for k,x in [(k, state.get(k)) for k in _KEYS if k in NINE or state.get(k) is not None]:
         if type(x) is bool or not isinstance(x, _KEYS[k]): raise CheckpointError(f'{path}: {k} is a {type(x).__name__}')
     try: c,dropped = config_from(state['config'])
@@ -176,6 +177,19 @@ def _checked(state, path, note, size):
     return state|dict(config=c)
 
 # %% ../nbs/08_checkpoint.ipynb #113fd4a1
+_DEPTH,_MANY = 20,10**6 # how deep a checkpoint's dicts and lists lie in each other, and how many values they hold
+
+def _refuse_endless(x, path):
+    "Refuse a state that lies in itself, that nobody could walk through, or with a number beyond any step or loss."
+    todo,n = [(x, 0)],0
+    while todo:
+        v,depth = todo.pop()
+        n += 1
+        if depth>_DEPTH or n>_MANY: raise CheckpointError(f'{path}: refused, nested too deeply or without an end')
+        if type(v) is int and abs(v)>=2**63: raise CheckpointError(f'{path}: refused, a number in it has over 63 bits')
+        if isinstance(v, dict): todo += [(y, depth+1) for y in v.values()]
+        if isinstance(v, (list, tuple)): todo += [(y, depth+1) for y in v]
+
 def _has(x, **kinds):
     "Whether `x` is a dict with these keys, each of one of its types."
     return isinstance(x, dict) and all(type(x.get(k)) in ts for k,ts in kinds.items())

@@ -149,6 +149,30 @@ def flip(path):
 def without_first(path, key): return dict(list(load_checkpoint(path)[key].items())[1:])
 
 
+def deep(path, n=100_000):
+    "A list in a list, a hundred thousand times, where the optimizer's state should be; the pickle is made by hand."
+    changed(path, optimizer_state_dict=dict(state='NEST'))
+    with zipfile.ZipFile(path) as z: members = {i.filename: z.read(i) for i in z.infolist()}
+    for name in (n for n in members if n.endswith('data.pkl')):
+        assert members[name].count(b'X\x04\0\0\0NEST') == 1
+        members[name] = members[name].replace(b'X\x04\0\0\0NEST', b']'*n+b'a'*(n-1))
+    with zipfile.ZipFile(path, 'w') as z: [z.writestr(zipfile.ZipInfo(k), v) for k, v in members.items()]
+
+
+def in_itself():
+    "A list that holds itself."
+    x = []
+    x.append(x)
+    return x
+
+
+def doubled(n):
+    "Lists of which each holds the one before it twice: 2**n to walk through."
+    x = []
+    for _ in range(n): x = [x, x]
+    return x
+
+
 FILES = {
     'text': (lambda p: p.write_text('To be, or not to be\n'*9), 'text'),
     'empty': (lambda p: p.write_bytes(b''), 'empty'),
@@ -161,6 +185,11 @@ FILES = {
     'newer': (lambda p: changed(p, format_version=99), '99', 'upgrade'),
     'no weight': (lambda p: changed(p, model_state_dict=without_first(p, 'model_state_dict')), 'embed.weight'),
     'no moments': (lambda p: changed(p, optimizer_state_dict=dict(state={}, param_groups=[])), 'optimizer'),
+    'deep': (deep, 'nested too deeply'),
+    'in itself': (lambda p: changed(p, train_history=in_itself()), 'nested too deeply'),
+    'doubled': (lambda p: changed(p, software=dict(x=doubled(19))), 'without an end'),
+    'huge loss': (lambda p: changed(p, best_val_loss=10**400), '63 bits'),
+    'huge record': (lambda p: changed(p, val_history=[dict(step=1, loss=10**400)]), '63 bits'),
     'wrong step': (lambda p: changed(p, global_step='250'), 'global_step'),
 }
 
