@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 from . import __version__
 from .config import ExperimentConfig, override
 from .data import as_tokenizer, epochs_done, get_batch, load_corpus, val_batches
-from .history import say
+from .history import out_of_memory, say
 from .model import GPT
 from .optim import copy_tensors, has_bf16, load_optim_state, make_optimizers, optim_state, set_lr
 
@@ -133,16 +134,36 @@ def train_step(self:Engine,
     c = self.config
     set_lr(self.opts, lr)
     x,y = (t.to(self.device) for t in get_batch(self.corpus.train, k, c.batch_size, c.block_size, c.seed))
-    rng = torch.cuda if self.device.type=='cuda' else torch.default_generator # `torch.manual_seed` asks every device
-    loss = 0.
-    with in_one_order(c.compile and self.device.type=='cpu'):
-        for i,(xi,yi) in enumerate(zip(x.split(c.micro_batch), y.split(c.micro_batch))):
-            if c.dropout: rng.manual_seed(mask_seed(c.seed, k, i))
-            with self._autocast(): part = self.forward(xi, yi)*(len(xi)/c.batch_size)
-            self.scaler.scale(part).backward()
-            loss = loss+part.detach()
+    while (loss := self._gradients(k, x, y)) is None: self._halve()
     norm = self._update() # before the loss is asked for, which waits for the device
     return dict(step=k, loss=float(loss), lr=lr, grad_norm=norm)
+
+@patch
+def _gradients(self:Engine,
+    k:int,
+    x:Tensor, # (B, T) ids
+    y:Tensor, # (B, T) the next ones
+)->Tensor|None: # mean loss over the batch; None if memory did not suffice and a smaller micro-batch may do
+    "Forward and backward, one micro-batch after the other."
+    c,loss = self.config,0.
+    rng = torch.cuda if self.device.type=='cuda' else torch.default_generator # `torch.manual_seed` asks every device
+    try:
+        with in_one_order(c.compile and self.device.type=='cpu'):
+            for i,(xi,yi) in enumerate(zip(x.split(c.micro_batch), y.split(c.micro_batch))):
+                if c.dropout: rng.manual_seed(mask_seed(c.seed, k, i))
+                with self._autocast(): part = self.forward(xi, yi)*(len(xi)/c.batch_size)
+                self.scaler.scale(part).backward()
+                loss = loss+part.detach()
+        return loss
+    except (MemoryError, RuntimeError) as e:
+        if c.micro_batch==1 or not out_of_memory(e): raise
+
+@patch
+def _halve(self:Engine):
+    "Take micro-batches half as large from now on, and forget the gradients of the attempt."
+    self.config = override(self.config, micro_batch_size=max(1, self.config.micro_batch//2))
+    for o in self.opts: o.zero_grad()
+    if self.device.type=='cuda': torch.cuda.empty_cache()
 
 # %% ../nbs/09_engine.ipynb #6fb7efe4
 @patch

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'LIMIT', 'to_line', 'read_events', 'Tail', 'Events', 'keep_record', 'History', 'last_step_of', 'follow',
-           'is_lineage', 'load_history', 'backfill', 'say', 'plain', 'duration', 'in_notebook', 'program', 'Console']
+           'is_lineage', 'load_history', 'backfill', 'say', 'out_of_memory', 'plain', 'duration', 'in_notebook',
+           'program', 'Console']
 
 # %% ../nbs/05_history.ipynb #4cbafe34
 import json, math, mmap, os, queue, re, shlex, shutil, sys, threading, time
@@ -283,10 +284,14 @@ def say(text:str, end:str='\n', stream:str='stdout'):
     except UnicodeEncodeError: say(text.encode('ascii', 'replace').decode(), end, stream)
     except (OSError, ValueError): setattr(sys, stream, open(os.devnull, 'w')) # the reader has left; training has not
 
+def out_of_memory(e:BaseException)->bool:
+    "Whether an error says that memory did not suffice: Python's, or one of torch's, which have no type in common."
+    return isinstance(e, MemoryError) or 'memory' in str(e) and ('alloc' in str(e) or 'enough' in str(e))
+
 def plain(e:BaseException)->str:
     "An error's message in one line; of the system's errors the reason and the path."
-    if isinstance(e, MemoryError) or 'alloc' in str(e) and 'memory' in str(e):
-        return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:]})'
+    if out_of_memory(e):
+        return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:] or "MemoryError"})'
     if isinstance(e, OSError) and e.strerror: return e.strerror + (f': {e.filename}' if e.filename else '')
     return ' '.join(str(e).split()) or type(e).__name__
 

@@ -18,7 +18,7 @@ from fastcore.basics import GetAttr, patch
 from .checkpoint import FORMAT, CheckpointError, Writer, describe, load_checkpoint
 from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, override, preset
 from .engine import Band, Engine, on_threads
-from .history import Console, Events, backfill, in_notebook, keep_record, program, say
+from .history import Console, Events, backfill, in_notebook, keep_record, out_of_memory, plain, program, say
 from .rundir import (AUTO, BEGAN, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
 from .schedule import Plan, plan_from
@@ -185,7 +185,7 @@ def fit(self:Trainer,
         failed = True
         try: self._loop(); failed = False
         except TrainingFailed: raise
-        except Exception as e: raise TrainingFailed(f'{type(e).__name__}: {e}') from e
+        except Exception as e: raise TrainingFailed(plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}') from e
         finally: self._finish(failed)
     self._farewell()
     self.stop.clear() # the next `fit` is a new wish
@@ -201,7 +201,10 @@ def _loop(self:Trainer):
         reason = self.stop.asked(self.run)
         if reason and (self.step>first or reason!='max-minutes'): break
         t0,k = time.perf_counter(),self.step+1
+        whole = self.config.micro_batch
         record = self.engine.train_step(k, self.plan.lr(k))
+        n = self.config.micro_batch
+        if n<whole: self._warn('memory', f'step {k}: not enough memory, so micro_batch_size is {n} from here on', k)
         self.dts.append(time.perf_counter()-t0)
         if not math.isfinite(record['grad_norm']): self._skipped(k)
         self.step = k
