@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .checkpoint import Checkpoint, describe, load_checkpoint
 from .config import ExperimentConfig, config_diff, config_from, parse_setting, preset
 from .history import History, Tail, duration, follow, is_lineage
-from .rundir import RunBusy, RunDir, is_ours, list_checkpoints, started_at
+from .rundir import FORSAKEN_S, RunBusy, RunDir, is_ours, list_checkpoints, started_at
 from .schedule import Plan, fall_start, plan_from
 
 # %% ../nbs/11_background.ipynb #f329e34c
@@ -38,7 +38,7 @@ class Condition:
 
 def _lives(j)->bool:
     "Whether the process of a `run.json` is there still."
-    if j.get('host')!=socket.gethostname(): return time.time()-j.get('heartbeat', 0)<120
+    if j.get('host')!=socket.gethostname(): return time.time()-j.get('heartbeat', 0)<FORSAKEN_S
     born = started_at(j.get('pid'))
     return born is not None and abs(born-(j.get('pid_start') or 0))<2 # the system's clock may have been set
 
