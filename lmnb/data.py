@@ -145,13 +145,22 @@ def train_tokenizer(
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    failed = []
+    failed,given_up = [],threading.Event()
+    def feed():
+        for p in _evenly(pieces, size):
+            if given_up.is_set(): raise RuntimeError('nobody waits for the tokenizer any more')
+            yield p
     def run():
-        try: tok.train_from_iterator(_evenly(pieces, size), trainer)
+        try: tok.train_from_iterator(feed(), trainer)
         except BaseException as e: failed.append(e)
     worker = threading.Thread(target=run, daemon=True) # so that a signal is heard meanwhile
     worker.start()
-    while worker.is_alive(): worker.join(.1)
+    try:
+        while worker.is_alive(): worker.join(.1)
+    except BaseException: # Python must not end under a thread that asks it for text
+        given_up.set()
+        worker.join(1)
+        raise
     if failed: raise failed[0]
     return tok.to_str()
 
@@ -318,8 +327,10 @@ def _text_ids(config, where, tokenizer, known, root, note):
         if not path.exists():
             note(f'Training a tokenizer on {where} ({size/1e6:,.1f} MB), once.')
             part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
-            part.write_text(train_tokenizer(documents(files, column), size, config.vocab_size), encoding='utf-8')
-            os.replace(part, path)
+            try:
+                part.write_text(train_tokenizer(documents(files, column), size, config.vocab_size), encoding='utf-8')
+                os.replace(part, path)
+            finally: part.unlink(missing_ok=True) # a full disk leaves a part of it
         tokenizer = path.read_text(encoding='utf-8')
     def pieces():
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')

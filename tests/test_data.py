@@ -3,6 +3,7 @@ import gzip
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -88,3 +89,25 @@ def test_a_damaged_gz_is_named(tmp_path, harm):
     whole = gzip.compress(random.Random(0).randbytes(3000).hex().encode())
     (tmp_path/'t.gz').write_bytes(harm(whole))
     with pytest.raises(ValueError, match=r't\.gz: damaged \.gz'): list(read_blocks(tmp_path/'t.gz'))
+
+
+def test_asked_to_end_while_a_tokenizer_is_trained(tmp_path):
+    "At whatever moment: the signal's exit code, and nothing left behind."
+    line = ' '.join(f'word{i%977} is {i*i%1009}' for i in range(200))+'\n'
+    (tmp_path/'long.txt').write_text(line*(30*10**6//len(line)))
+    for after_s in (.1, .4, .8):
+        p = subprocess.Popen([sys.executable, '-m', 'lmnb.cli', 'train', '--config', 'small', '--data', 'long.txt'], cwd=tmp_path, text=True,
+                             env=dict(os.environ, LMNB_CACHE=str(tmp_path/'cache')), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while 'Training a tokenizer' not in (line := p.stdout.readline()): assert line, p.stderr.read()
+        time.sleep(after_s)
+        p.terminate()
+        assert p.wait(30) == 143 and 'nothing was written' in p.stdout.read(), p.stderr.read()
+    assert not (tmp_path/'checkpoints').exists() and not [f for f in tmp_path.rglob('.tmp-*')]
+
+
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(tmp_path, config, monkeypatch):
+    (tmp_path/'text.txt').write_text('some words and more of them\n'*900)
+    def refuse(*a): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(OSError, match='No space'): load_corpus(preset('small', vocab_size=400, data=str(tmp_path/'text.txt')), note=lambda _: None)
+    assert not [f for f in (tmp_path/'cache').rglob('.tmp-*')]
