@@ -21,12 +21,12 @@ from ipywidgets import (HTML, Button, Checkbox, Dropdown, FloatText, HBox, Image
                         VBox)
 
 from . import __version__
-from .background import NO_RUNS, Ahead, Background, clean_env, condition, find_runs, launch, rate, stop, weight
+from .background import NO_RUNS, Ahead, Background, clean_env, condition, find_runs, launch, stop, weight
 from .checkpoint import Checkpoint, describe
 from .config import PRESETS, parse_settings, preset
 from .history import duration, plain
 from .plots import ACROSS, BLUE, INK, OTHERS, LivePicture, run_picture, runs_picture, smooth
-from .rundir import RunBusy, RunDir
+from .rundir import RunBusy
 
 # %% ../nbs/12_panel.ipynb #0b0cf3eb
 def clock(at:float)->str:

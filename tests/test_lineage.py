@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from conftest import write_text
-from exact import ENDS, TINY, forked, train
+from exact import TINY, forked, train
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

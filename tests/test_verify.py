@@ -10,8 +10,6 @@ import pytest
 from conftest import TINY, command, train
 
 import lmnb.check
-from lmnb import preset
-from lmnb.config import parse_settings
 
 FAULTY = '''
 import sys
