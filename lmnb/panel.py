@@ -335,8 +335,8 @@ def _list_runs(self:ResumePanel):
     self._set(self.run, options=options, value=shown)
     if shown: return self._compare_with()
     self.shown = None
+    self._size_up()
     if options: self.show(next((p for p,v in self.views.items() if v.now.alive), options[0][1]))
-    else: self._size_up()
 
 @patch
 def show(self:ResumePanel,

@@ -45,6 +45,10 @@ def test_a_folder_without_runs(tmp_path):
     p.close()
 
 
+def test_what_a_new_run_would_be_is_said_where_there_are_runs(panel):
+    assert 'M parameters' in text(panel.size) and panel.folder.placeholder.startswith('stdlib-')
+
+
 def test_a_run_deleted_while_shown(panel, copy):
     shutil.copytree(copy, copy.parent/'other')
     panel.refresh()
