@@ -130,6 +130,7 @@ FILES = ('latest', 'step', 'auto', 'best', 'trunk', 'final', 'folder', 'lone fil
 def forked(act, log):
     "Run `act` in a child; the number that it returns, or that of the signal that killed it, negative."
     if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)  # nohup and a shell's & would have them ignored
     code = 99
     try:
         with open(log, 'a') as sys.stdout: code = act()
