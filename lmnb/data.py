@@ -164,6 +164,7 @@ def train_tokenizer(
     if failed: raise failed[0]
     return tok.to_str()
 
+# %% ../nbs/01_data.ipynb #73aee045
 def _evenly(pieces, size):
     "About `_SAMPLE` bytes of the corpus: a piece is taken whenever less than its share has been."
     seen = taken = 0
