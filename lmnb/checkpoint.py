@@ -53,6 +53,7 @@ def write_checkpoint(
             f.flush()
             os.fsync(f.fileno())
             size = f.tell()
+            if hasattr(os, 'posix_fadvise'): os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         replace(tmp, folder/names[0])
     finally: tmp.unlink(missing_ok=True)
     for name in names[1:]: link(folder/names[0], folder/name)
