@@ -62,12 +62,12 @@ def write_checkpoint(
 
 # %% ../nbs/08_checkpoint.ipynb #a19ef2d5
 def replace(src:Path, dst:Path, patience_s:float=5.):
-    "`os.replace`, tried again for a while where a reader's open file forbids it (Windows)."
+    "`os.replace`, tried again for a while where a reader's open file forbids it (Windows, some network drives)."
     end = time.monotonic()+patience_s
     while True:
         try: return os.replace(src, dst)
         except PermissionError:
-            if os.name!='nt' or time.monotonic()>end: raise
+            if time.monotonic()>end: raise
             time.sleep(.1)
 
 def link(src:Path, dst:Path):
@@ -82,13 +82,14 @@ def link(src:Path, dst:Path):
         replace(tmp, dst)
     finally: tmp.unlink(missing_ok=True) # renaming onto a link of the same file leaves it behind
 
-def sync_folder(folder:Path):
-    "Make renames durable, where folders can be synced at all."
+def sync_folder(folder:Path)->bool: # False: this file system cannot
+    "Make renames durable."
     try: fd = os.open(folder, os.O_RDONLY)
-    except OSError: return # Windows opens no folder
-    try: os.fsync(fd)
+    except PermissionError: return os.name=='nt' # Windows opens no folder, and needs no sync
+    try: os.fsync(fd); return True
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
+        return False
     finally: os.close(fd)
 
 # %% ../nbs/08_checkpoint.ipynb #d5234ef4
@@ -326,6 +327,7 @@ class Writer:
     "Saves snapshots in a thread, one at a time; what came of each is in `results`."
     def __init__(self, folder:Path):
         self.folder,self.kept,self.thread,self.results = Path(folder),{},None,queue.SimpleQueue()
+        self.place = None  # the folder's `Place`, once it is known
         self.failed = None # the last snapshot that could not be written: (state, names)
 
     @property
@@ -352,6 +354,8 @@ class Writer:
 
     def _write(self, state, names, stall_ms):
         out = dict(step=state['global_step'], names=names, stall_ms=stall_ms, bytes=0, error=None)
-        try: out['bytes'],self.failed = write_checkpoint(state, self.folder, names),None
+        try:
+            if self.place: self.place.check()
+            out['bytes'],self.failed = write_checkpoint(state, self.folder, names),None
         except Exception as e: out['error'],self.failed = f'{type(e).__name__}: {e}',(state, names)
         self.results.put(out)

@@ -7,7 +7,6 @@ __all__ = ['TrainingFailed', 'Trainer', 'new_id']
 
 # %% ../nbs/10_trainer.ipynb #986e4ffe
 import math, os, shlex, shutil, sys, time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
@@ -62,7 +61,12 @@ def _setup(self:Trainer, listeners, stop, quiet, *args, **kw):
     self.writer,self.known = Writer(self.run.path),self._on_disk()
 
 @patch
-def _on_disk(self:Trainer)->set: return {(c.path.name, c.step, c.mtime) for c in self.run.living()}
+def _living(self:Trainer)->list:
+    try: return self.run.living()
+    except OSError: return [] # the drive is away
+
+@patch
+def _on_disk(self:Trainer)->set: return {(c.path.name, c.step, c.mtime) for c in self._living()}
 
 @patch
 def _warn(self:Trainer, code, text, step=None):
@@ -133,9 +137,9 @@ def _save(self:Trainer, names):
     if bad := next((n for n,p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
         raise TrainingFailed(f'step {self.step} is not saved: {bad} is not finite. A lower lr in a new run may do')
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
+    if self.writer.failed: self.given_up += self.writer.failed[1]
     if WORDS['best'] in names: self.named_best = self.val_loss
-    with self._disk_may_refuse():
-        for name in {WORDS['trunk'], WORDS['final']} & set(names): self.run.keep_named(name, self.step)
+    for name in {WORDS['trunk'], WORDS['final']} & set(names): self._tidy(self.run.keep_named, name, self.step)
     self.writer.save(self.state_dict(), names)
     self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
     self._collect()
@@ -148,26 +152,29 @@ def _collect(self:Trainer, wait=False):
     while not self.writer.results.empty():
         r = self.writer.results.get()
         if error := r.pop('error'): self._save_failed(r, error); continue
-        self.failed_at = None
+        self.failed_at = self.unsaved = None
         self.events.emit('save', **r)
-        if step_name(r['step']) not in r['names']: continue
-        with self._disk_may_refuse():
-            self.run.prune(self.config.keep_last, describe(self.run/r['names'][0]))
-            if (auto := self.run/AUTO).exists() and (describe(auto).step or 0)<=r['step']: auto.unlink()
+        if step_name(r['step']) in r['names']: self._tidy(self._prune, r['step'])
 
 @patch
-@contextmanager
-def _disk_may_refuse(self:Trainer):
-    "Tidying up that fails is a warning and no more."
-    try: yield
-    except OSError as e: self._warn('disk', f'{e.filename}: {e.strerror}; training goes on')
+def _prune(self:Trainer, step):
+    "Drop what the periodic file of `step` makes superfluous."
+    self.run.prune(self.config.keep_last, describe(self.run/step_name(step)))
+    if (auto := self.run/AUTO).exists() and (describe(auto).step or 0)<=step: auto.unlink()
+
+@patch
+def _tidy(self:Trainer, act, *args):
+    "Call `act` if the folder is still the run's; a disk that refuses costs a warning and no more."
+    try: self.events.place.check(); act(*args)
+    except OSError as e:
+        if self.failed_at is None: self._warn('disk', f'{plain(e)}; training goes on') # else it was said
 
 @patch
 def _save_failed(self:Trainer, r, error):
     "Say it, once, and remember to try again; the best on the disk is still the old one."
     if WORDS['best'] in r['names']: self.named_best = self._best_on_disk()
     if self.failed_at is None: self._warn('save', f'{", ".join(r["names"])} not saved: {error}; retrying', r['step'])
-    self.failed_at = time.monotonic()
+    self.failed_at,self.unsaved = time.monotonic(),error
 
 # %% ../nbs/10_trainer.ipynb #ad2a0308
 @patch
@@ -216,8 +223,8 @@ def _loop(self:Trainer):
 @patch
 def _spiked(self:Trainer, loss, mean, std):
     "Warn of a loss far above its band, with the line that goes back to before it."
-    kept = (c for c in self.run.living() if c.path.name==step_name(c.step or 0) and c.step<self.step and not c.error)
-    back = next((f'; to go back: {self._command(str(c.path))}' for c in kept), '')
+    kept,back = (c for c in self._living() if c.path.name==step_name(c.step or 0) and c.step<self.step),''
+    back = next((f'; to go back: {self._command(str(c.step))}' for c in kept if not c.error), '')
     self._warn('spike', f'step {self.step}: loss {loss:.3f} left its band ({mean:.3f} + 7 x {std:.3f}){back}')
 
 @patch
@@ -264,7 +271,7 @@ def _begin(self:Trainer):
         backfill(self.run.path, self.lineage, dict(train=self.train_history, val=self.val_history),
                  self.config.batch_size*self.config.block_size)
     self._announce()
-    self._room()
+    self._tidy(self._room)
 
 # %% ../nbs/10_trainer.ipynb #dc91596a
 @patch
@@ -272,6 +279,8 @@ def _announce(self:Trainer):
     "Open the event file, say what begins, and let the heart beat."
     segment,n = self.lineage[-1],self.plan.max_steps
     self.events = Events(self.run.path, segment['run_id'], segment['id'], [self._display()], self.listeners)
+    self.run.place = self.writer.place = self.events.place
+    self.given_up = [] # names of files that a newer save made hopeless
     both = dict(step=self.step, max_steps=n, command=sys.argv, versions=self.engine.surroundings())
     about = dict(both, lineage=self.lineage, config=asdict(self.config), plan=self.plan.state_dict())
     differs = self._differs()
@@ -279,8 +288,10 @@ def _announce(self:Trainer):
     if self.step: about |= dict(parent=self.parent and str(self.parent), exact=exact, differs=differs)
     self.lacks,self.software = [],both['versions'] # of the next `fit`, which goes on from here
     self.events.emit('resume' if self.step else 'start', **about)
-    self.beat = Heartbeat(self.run, self.stop, state='running', run_id=segment['run_id'], **both)
-    self.dts,self.told,self.failed_at,self.last_save = [],-math.inf,None,time.monotonic() # the first step is told
+    self.beat = Heartbeat(self.run, self.stop, state='running', run_id=segment['run_id'], segment=segment['id'],
+                          **both)
+    self.dts,self.told,self.last_save = [],-math.inf,time.monotonic() # the first step is told
+    self.failed_at = self.unsaved = None # when the last save failed, and why
 
 # %% ../nbs/10_trainer.ipynb #6c82f854
 @patch
@@ -334,7 +345,8 @@ def _room(self:Trainer):
     n = (self.plan.max_steps-self.step)//self.config.save_interval+1 # periodic ones to come
     need = (min(n, self.config.keep_last or n)+3)*self.engine.n_bytes()
     if (free := shutil.disk_usage(self.run.path).free)<need:
-        self._warn('disk', f'{self.run}: {free/1e9:.1f} GB free, about {need/1e9:.1f} needed; see keep_last')
+        self._warn('disk', f'{self.run}: {free/1e6:,.1f} MB free, about {need/1e6:,.1f} needed; see keep_last')
+    if lacks := self.run.lacks(): self._warn('disk', f'{self.run}: its file system has no {", no ".join(lacks)}')
 
 # %% ../nbs/10_trainer.ipynb #48877c38
 @patch
@@ -344,13 +356,18 @@ def _finish(self:Trainer, failed):
     for _ in range(2*(self.failed_at is not None)): # a moment's trouble, perhaps
         time.sleep(.5); self.writer.retry(); self._collect(wait=True)
     state = 'failed' if failed or self.failed_at is not None else 'stopped' if self.interrupted else 'finished'
+    if gone := [n for n in dict.fromkeys(self.given_up) if not os.path.exists(self.run/n)]:
+        self._warn('save', f'never stored: {", ".join(gone)}')
     if state=='stopped': self.events.emit('stop', step=self.step, reason=self.interrupted)
     if state=='finished': self.events.emit('end', step=self.step)
-    stored = self.events.close()
-    self.beat.stop(state=state, step=self.step)
+    lost = [] if self.events.close() else [f'{len(self.events.waiting)} events']
+    if self.failed_at is not None: lost += self.writer.failed[1]
+    self.beat.stop(state='failed' if lost else state, step=self.step)
     self.known = self._on_disk()
-    if self.failed_at is not None: raise TrainingFailed(f'the last save in {self.run} failed; older files stand')
-    if not stored: raise TrainingFailed(f'the last events could not be written to {self.run/"metrics.jsonl"}')
+    if not lost: return
+    told = f'not stored in {self.run}: {", ".join(lost)} ({self.unsaved or self.events.refused}); older files stand'
+    if failed: say(f'Warning: {told}') # beside the error that ended it
+    else: raise TrainingFailed(told)
 
 # %% ../nbs/10_trainer.ipynb #0de09424
 @patch

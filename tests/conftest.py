@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from faults.counting import pytest_runtest_makereport, pytest_terminal_summary, row, times  # noqa: F401
 
 os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')  # before torch: threads that spin take others' cores
 

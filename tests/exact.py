@@ -136,7 +136,7 @@ def forked(act, log):
         with open(log, 'a') as sys.stdout: code = act()
     except BaseException:
         with open(log, 'a') as f: traceback.print_exc(file=f)
-    os._exit(code)
+    finally: os._exit(code)  # whatever is refused to it: a child never goes on as its parent
 
 
 def train(prepare, batches, how=None, at=0, listeners=0):

@@ -69,7 +69,7 @@ def test_found_after_the_starter_is_gone(text, tmp_path):
     assert done.code == 0 and f'SIGTERM sent to pid {condition(run).pid}' in done.out
     assert kept.wait(30).state == 'stopped'
     again = train('--stop', run, cwd=tmp_path, program='lmnb-runs')
-    assert again.code == 2 and again.err.startswith(f'lmnb-runs: nothing runs in {run}: stopped at')
+    assert again.code == 2 and again.err.startswith('lmnb-runs: nothing runs in kept: stopped at')
 
 
 def test_a_terminal_s_run_is_seen_and_stopped(text, tmp_path):
