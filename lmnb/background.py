@@ -40,7 +40,7 @@ def _lives(j)->bool:
     "Whether the process of a `run.json` is there still."
     if j.get('host')!=socket.gethostname(): return time.time()-j.get('heartbeat', 0)<FORSAKEN_S
     born = started_at(j.get('pid'))
-    return born is not None and abs(born-(j.get('pid_start') or 0))<2 # the system's clock may have been set
+    return bool(born and j.get('pid_start')) and abs(born-j['pid_start'])<.1
 
 # %% ../nbs/11_background.ipynb #241d5aae
 def condition(
@@ -102,6 +102,9 @@ def stop(
     if kill:
         if c.state=='elsewhere': raise RuntimeError(f'{run} runs on {c.host}; a kill must be done there')
         psutil.Process(c.pid).kill()
+        for _ in range(500): # until its lock is free
+            if started_at(c.pid) is None: break
+            time.sleep(.02)
         return f'pid {c.pid} was killed; what it had not saved is lost'
     if c.state!='elsewhere' and os.name!='nt':
         os.kill(c.pid, signal.SIGTERM)

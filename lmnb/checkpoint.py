@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'NINE', 'MORE', 'MEMBER', 'CheckpointError', 'summary', 'wr
            'check_structure', 'check_contents', 'load_checkpoint', 'Checkpoint', 'describe', 'snapshot', 'Writer']
 
 # %% ../nbs/08_checkpoint.ipynb #288caa7a
-import errno, json, os, queue, re, shutil, struct, threading, time, zipfile, zlib
+import errno, json, os, queue, re, shutil, stat, struct, threading, time, zipfile, zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -137,7 +137,8 @@ def load_checkpoint(
     "Check and read a checkpoint; `FileNotFoundError`, or a `CheckpointError` that names the check that failed."
     import torch
     path = Path(path).expanduser()
-    if path.is_dir(): raise CheckpointError(f'{path} is a folder, not a checkpoint file')
+    if path.exists() and not path.is_file(): # a pipe, say, which would be waited for
+        raise CheckpointError(f'{path} is {"a folder" if path.is_dir() else "something else"}, not a checkpoint file')
     torch.serialization.add_safe_globals([ExperimentConfig]) # the context manager takes away what was allowed before it
     with open(path, 'rb') as f:
         check_contents(f, path)
@@ -291,6 +292,7 @@ def describe(
     path = Path(path)
     try: s = os.stat(path)
     except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}')
+    if not stat.S_ISREG(s.st_mode): return Checkpoint(path, error=f'{path} is no file')
     key = s.st_dev,s.st_ino,s.st_size,s.st_mtime_ns
     found = _seen.get(key) or _seen.setdefault(key, _described(path))
     if check and not found['checked'] and not found['error']:

@@ -40,6 +40,7 @@ def _event(line):
     if e['kind'] in ('train', 'val'):
         try: e.update(step=int(e['step']), loss=float(e['loss']))
         except (KeyError, TypeError, ValueError, OverflowError): return None
+    if type(t := e.get('time')) not in (int, float) or not 0<=t<1e11: e['time'] = 0.
     return e
 
 def read_events(
@@ -66,7 +67,7 @@ def _sampled(path, n):
         rare = [(x.start(), x[1]) for x in _RARE.finditer(m, 0, end)]
         vals = [at for at,kind in rare if kind==b'val']
         places = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
-        places += [*range(0, end, end//n+1), *range(end-50_000, end, 50)] # a line has more than 50 bytes
+        places += [*range(0, end, end//n+1), *range(max(0, end-50_000), end, 50)] # a line has more than 50 bytes
         starts = sorted({m.rfind(b'\n', 0, at)+1 for at in places})
         events = [_event(m[a:m.find(b'\n', a)]) for a in starts]
     return [e for e in events if e],end,events.count(None)
@@ -136,7 +137,7 @@ class Place:
         if (now := self._now())!=self.known:
             try: mine = json.loads((self.folder/'run.json').read_bytes())['segment']==self.segment
             except (OSError, ValueError, KeyError, TypeError): mine = False
-            if not mine: raise OSError(f'{self.folder} is another folder now')
+            if not mine: raise OSError(f'{self.folder.name} is another folder now')
             self.known = now
         return now
 
@@ -301,7 +302,8 @@ def backfill(
 
 # %% ../nbs/05_history.ipynb #95bed7c2
 def say(text:str, end:str='\n', stream:str='stdout'):
-    "Print, whatever the terminal cannot show, and even if nobody reads any more."
+    "Print, whatever the terminal cannot show, and even if nobody reads any more; a name in it commands no terminal."
+    text = re.sub(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]', '\ufffd', text)
     try: print(text, end=end, file=getattr(sys, stream), flush=True)
     except UnicodeEncodeError: say(text.encode('ascii', 'replace').decode(), end, stream)
     except (OSError, ValueError): setattr(sys, stream, open(os.devnull, 'w')) # the reader has left; training has not

@@ -97,7 +97,7 @@ def latest(self:RunDir, note=say)->Checkpoint|None:
     for c in sorted(living, key=lambda c: -1 if c.step is None else c.step, reverse=True): # stable: the rank stays
         c = self._describe(c.path, check=True)
         if c.error is None: return c
-        note(f'Passed over: {c.error}')
+        note(f'Passed over: {c.error.replace(str(c.path), str(from_here(c.path)))}')
 
 # %% ../nbs/09_rundir.ipynb #710329ac
 @patch
@@ -279,7 +279,9 @@ def _acquire(self:RunDir)->BaseFileLock:
 def _take(self:RunDir, lock):
     try: lock.acquire()
     except Timeout:
-        who = self.status()
+        for _ in range(10): # the other may have begun this moment, and `run.json` still be of the run before
+            if (who := self.status()).get('state') in ('starting', 'running', 'stopping'): break
+            time.sleep(.1)
         at = f': pid {who.get("pid")} on {who.get("host")}, at step {who.get("step")}' if who else ''
         raise RunBusy(f'another process trains in {self}{at}') from None
     return lock
@@ -323,8 +325,13 @@ def write_status(self:RunDir, **fields):
 
 # %% ../nbs/09_rundir.ipynb #b8dcfcd2
 def started_at(pid:int)->float|None:
-    "When a process began, in seconds since 1970; None if it is gone."
-    try: p = psutil.Process(pid); return None if p.status()==psutil.STATUS_ZOMBIE else p.create_time()
+    "When a process began, in seconds since 1970 (Linux: since the machine did, a clock that nobody sets); None: gone."
+    try:
+        p = psutil.Process(pid)
+        if p.status()==psutil.STATUS_ZOMBIE: return None
+        with suppress(OSError): # field 22 of proc(5), in hundredths
+            return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19])/100
+        return p.create_time()
     except (psutil.Error, ValueError, TypeError, OverflowError): return None
 
 class Heartbeat:
@@ -342,13 +349,13 @@ class Heartbeat:
         self.thread.start()
     def write(self, **more):
         self.fields.update(more)
-        self.last = time.time()
-        self.run.write_status(**self.fields, heartbeat=self.last)
+        self.last = time.monotonic()
+        self.run.write_status(**self.fields, heartbeat=time.time())
     def _loop(self):
         while not self.done.wait(.5):
             stopping = self.wish and self.wish.reason and self.fields['state']!='stopping'
             if stopping: self.write(state='stopping')
-            elif time.time()-self.last>=self.every_s: self.write()
+            elif time.monotonic()-self.last>=self.every_s: self.write()
     def stop(self, **more):
         self.done.set(); self.thread.join()
         self.write(**more)

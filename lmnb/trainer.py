@@ -298,7 +298,8 @@ def _announce(self:Trainer):
 def _begin_resumed(self:Trainer):
     "Set aside what does not lead to the resumed checkpoint, take it in if it lies elsewhere, and make the names true."
     c = self.ckpt
-    if aside := self.run.go_back(c): say(f'Set aside in {aside}: {", ".join(sorted(p.name for p in aside.iterdir()))}.')
+    if aside := self.run.go_back(c):
+        say(f'Set aside in {from_here(aside)}: {", ".join(sorted(p.name for p in aside.iterdir()))}.')
     at_home = self.where=='own' and is_ours(c.path.name)
     if at_home: self.run.heal(self.lineage[-1]['run_id'])
     if not (at_home and c.plan): self.run.take_in(c)
@@ -426,7 +427,7 @@ def resume(cls:Trainer,
         run.holds_run() # names the damaged ones if all are
         what,config = 'latest',None
     path = Path(os.path.abspath(run.find(what)))
-    try: saved = load_checkpoint(path)
+    try: saved = load_checkpoint(from_here(path))
     except CheckpointError as e: raise _with_way_out(e, path) from None
     self = cls.__new__(cls)
     self.run,self.where = home_of(path, checkpoint_dir)
@@ -437,7 +438,7 @@ def resume(cls:Trainer,
 def _with_way_out(e, path):
     "A damaged file's error, with the checkpoint to use instead."
     good = next((c for c in RunDir(path.parent).living() if c.path!=path and not describe(c.path, True).error), None)
-    return CheckpointError(f'{e}.' + (f' Use {good.path} (step {good.step}) instead' if good else ''))
+    return CheckpointError(f'{e}.' + (f' Use {from_here(good.path)} (step {good.step}) instead' if good else ''))
 
 # %% ../nbs/10_trainer.ipynb #9168dd14
 @patch
