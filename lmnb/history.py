@@ -60,14 +60,15 @@ def read_events(
 _RARE = re.compile(rb'"kind": ?"(?!train)(\w+)')
 
 def _sampled(path, n):
-    "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and all of the last 50 kB."
+    "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and the last 500."
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         end = m.rfind(b'\n')+1
         rare = [(x.start(), x[1]) for x in _RARE.finditer(m, 0, end)]
         vals = [at for at,kind in rare if kind==b'val']
         places = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
-        places += [*range(0, end, end//n+1), *range(max(0, end-50_000), end, 50)] # a line has more than 50 bytes
-        events,seen = [],0
+        places += range(0, end, end//n+1)
+        at,events,seen = end,[],0
+        for _ in range(500): at = m.rfind(b'\n', 0, max(at-1, 0))+1; places.append(at)
         for at in sorted(places):
             if at<seen: continue # no byte is looked at twice, however long a line is
             start = max(m.rfind(b'\n', seen, at)+1, seen)
