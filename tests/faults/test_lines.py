@@ -111,7 +111,7 @@ def test_junk_in_a_large_file(row, times, tmp_path):
     lines = story(n)
     RunDir(tmp_path).write_status(state='stopped', step=n, max_steps=n)
     def rare(events): return [(e['kind'], e['step']) for e in events if e['kind'] not in ('train', 'val')]
-    for i in range(times(4, 40)):
+    for _ in range(times(2, 40)):
         more = lines.copy()
         for junk in r.sample(list(JUNK.values()), 8): more.insert(r.choice((0, len(lines), r.randrange(len(lines)))), junk+b'\n')
         torn = r.choice((b'', b'{"kind":"tra', b'\0'*5000))

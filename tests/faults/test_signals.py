@@ -98,7 +98,7 @@ def test_a_signal_at_any_line(base, row, times, phase):
     (root, config, other), r = base, random.Random(phase)
     function, nth, lines = PHASES[phase]
     tries, chain = 0, 0
-    while tries < times(9, 90):
+    while tries < times(6, 90):
         chain += 1
         run, log, cache, step = root/f'{phase}{chain}', root/f'{phase}{chain}.txt', root/f'cache {phase}{chain}', 0
         for _ in range(6):
