@@ -98,19 +98,20 @@ def by_the_clock(run, config, told, log, r):
 
 @pytest.fixture(scope='module')
 def base(text, tmp_path_factory):
-    "The undisturbed run, and how often it does what."
+    "The undisturbed runs, and how often one does what."
     root = tmp_path_factory.mktemp('kills')
-    config, told = tiny(text), numbers()
+    told = numbers()
     assert exact.forked(lambda: live(root/'counted', tiny(text, keep_last=2, save_interval=3), Watch(told), None), root/'log') == 0
-    return root, straight(config, root/'straight'), {k: told[2+i] for i, k in enumerate(KINDS)}
+    others = {n: straight(tiny(text, eval_interval=n), root/f'straight{n}') for n in (2, 7)}
+    return root, others, {k: told[2+i] for i, k in enumerate(KINDS)}
 
 
 def test_a_kill_at_any_moment(text, base, row, times):
     row('SIGKILL in a save, a step, a start', 'every file verifies; at most one interval besides the save under way is lost; the end is the straight run\'s bits')
-    (root, other, often), r, hit, kills, chain = base, random.Random(0), Counter(), 0, 0
+    (root, others, often), r, hit, kills, chain = base, random.Random(0), Counter(), 0, 0
     while kills < times(24, 300):
         chain += 1
-        config = tiny(text, save_interval=r.choice((2, 3)), keep_last=r.choice((0, 2)), save_minutes=r.choice((0, 0, 1e-9)))
+        config = tiny(text, eval_interval=r.choice((2, 7)), save_interval=r.choice((2, 3)), keep_last=r.choice((0, 2)), save_minutes=r.choice((0, 0, 1e-9)))
         run, step, had, code = root/f'run{chain}', 0, {}, -9
         for life in range(12):
             told, kind = numbers(), r.choice(KINDS)
@@ -129,6 +130,6 @@ def test_a_kill_at_any_moment(text, base, row, times):
             kills += 1
             row.tried()
             hit[KINDS[told[OP]-1] if told[OP] else 'between'] += 1
-        done(run, config, other)
+        done(run, config, others[config.eval_interval])
     print(chain, dict(hit))
     assert times(True, set(hit) >= set(KINDS))
