@@ -206,11 +206,10 @@ def update(self:Background):
     state = os.stat(self.run).st_mtime_ns,int(time.time()/60) # what changed in place is seen within a minute
     if state!=self.known: self.known,self.ckpts = state,list_checkpoints(self.run)
     if not self.tail.update(): return
-    begins = [e for e in self.tail.events if e['kind'] in ('start', 'resume') and is_lineage(e.get('lineage'))]
-    self.begin = begins[-1] if begins else {}
-    since = self.begin.get('time', 0) # a second `fit` of the same Trainer keeps the segment
-    self.session = [e for e in self.tail.events if e['kind']=='train' and e['segment']==self.begin.get('segment')
-                    and e['time']>=since]
+    events = self.tail.events
+    begins = [i for i,e in enumerate(events) if e['kind'] in ('start', 'resume') and is_lineage(e.get('lineage'))]
+    self.begin,since = (events[begins[-1]],events[begins[-1]:]) if begins else ({},[]) # by place: clocks are set back
+    self.session = [e for e in since if e['kind']=='train' and e['segment']==self.begin['segment']]
 
 @patch(as_prop=True)
 def step(self:Background)->int:
@@ -230,8 +229,9 @@ def total(self:Background)->int: return max(self.now.max_steps, 1)
 def step_s(self:Background)->float|None:
     "Seconds a step in this session; None before there is one."
     s = self.session[-300:]
-    if len(s)>1 and s[-1]['step']>s[0]['step']: return (s[-1]['time']-s[0]['time'])/(s[-1]['step']-s[0]['step'])
-    return s[-1].get('dt_ms', 0)/1e3 if s else self.now.step_s
+    dt,n = (s[-1][k]-s[0][k] if s else 0 for k in ('time', 'step'))
+    if dt>0 and n>0: return dt/n
+    return s[-1].get('dt_ms', 0)/1e3 if s else self.now.step_s # also where the clock was set back
 
 # %% ../nbs/11_background.ipynb #02fafb7f
 @patch(as_prop=True)

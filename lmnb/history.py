@@ -37,11 +37,11 @@ def _event(line):
     try: e = json.loads(line)
     except (ValueError, RecursionError): return None
     if not isinstance(e, dict) or e.get('kind') not in _KINDS or not isinstance(e.get('segment'), str): return None
-    if e['kind'] in ('train', 'val'):
-        try: e.update(step=int(e['step']), loss=float(e['loss']))
-        except (KeyError, TypeError, ValueError, OverflowError): return None
-    if type(t := e.get('time')) not in (int, float) or not 0<=t<1e11: e['time'] = 0.
-    return e
+    try:
+        e['time'] = float(e.get('time', 0))
+        if e['kind'] in ('train', 'val'): e.update(step=int(np.int64(int(e['step']))), loss=float(e['loss']))
+    except (KeyError, TypeError, ValueError, OverflowError): return None
+    return e if math.isfinite(e['time']) else None
 
 def read_events(
     path:Path,    # of a `metrics.jsonl`
@@ -61,15 +61,20 @@ def read_events(
 _RARE = re.compile(rb'"kind": ?"(?!train)(\w+)')
 
 def _sampled(path, n):
-    "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and all of the last 50 kB."
+    "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and the last 500."
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         end = m.rfind(b'\n')+1
         rare = [(x.start(), x[1]) for x in _RARE.finditer(m, 0, end)]
         vals = [at for at,kind in rare if kind==b'val']
         places = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
-        places += [*range(0, end, end//n+1), *range(max(0, end-50_000), end, 50)] # a line has more than 50 bytes
-        starts = sorted({m.rfind(b'\n', 0, at)+1 for at in places})
-        events = [_event(m[a:m.find(b'\n', a)]) for a in starts]
+        places += range(0, end, end//n+1)
+        at,events,seen = end,[],0
+        for _ in range(500): at = m.rfind(b'\n', 0, max(at-1, 0))+1; places.append(at)
+        for at in sorted(places):
+            if at<seen: continue # no byte is looked at twice, however long a line is
+            start = max(m.rfind(b'\n', seen, at)+1, seen)
+            seen = m.find(b'\n', at)+1
+            if m[start:seen].strip(): events.append(_event(m[start:seen]))
     return [e for e in events if e],end,events.count(None)
 
 class Tail:

@@ -374,9 +374,11 @@ class Stop:
 
     def clear(self): self.reason = self.deadline = None
 
+    def twice(self): raise KeyboardInterrupt # the command line leaves here
+
     def _signal(self, number, frame):
         name = signal.Signals(number).name
-        if name==self.reason=='SIGINT': raise KeyboardInterrupt
+        if name==self.reason=='SIGINT': self.twice()
         self.reason = self.reason or name
         if self.at_once: raise Stopped(self.reason)
 

@@ -127,9 +127,9 @@ FILES = ('latest', 'step', 'auto', 'best', 'trunk', 'final', 'folder', 'lone fil
 
 # A session, in a process of its own -----------------------------------------------------------------------------------
 
-def forked(act, log):
-    "Run `act` in a child; the number that it returns, or that of the signal that killed it, negative."
-    if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def fork(act, log):
+    "Run `act` in a child; its pid."
+    if pid := os.fork(): return pid
     for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)  # nohup and a shell's & would have them ignored
     code = 99
     try:
@@ -137,6 +137,14 @@ def forked(act, log):
     except BaseException:
         with open(log, 'a') as f: traceback.print_exc(file=f)
     finally: os._exit(code)  # whatever is refused to it: a child never goes on as its parent
+
+
+def ended(pid):
+    "The number that a child's `act` returned, or that of the signal that killed it, negative."
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def forked(act, log): return ended(fork(act, log))
 
 
 def train(prepare, batches, how=None, at=0, listeners=0):
