@@ -441,12 +441,15 @@ def test_a_save_costs_the_same_after_a_million_steps(text, tmp_path, monkeypatch
         t.step, t.train_history, t.val_history = step, [], []
         for k in range(10, step+1, 10): keep_record(t.train_history, dict(step=k, loss=1/k, lr=1e-3, grad_norm=.1+1/k), config.log_interval)
         for k in range(100, step+1, 100): keep_record(t.val_history, dict(step=k, loss=1/k), config.eval_interval)
+        buffers = []
         for _ in range(2):  # the second save finds the buffers of the first
             tracemalloc.start()
             t.writer.save(t.state_dict(), [f'checkpoint_step_{step}.pt'])
             taken = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             t.writer.wait()
+            buffers.append([b.data_ptr() for b in t.writer.kept.values()])
+        assert buffers[0] == buffers[1]
         written = t.writer.results.get(), t.writer.results.get()
         return written[1]['bytes'], copied[-1], taken
     (few, copies, little), (many, again, much), (most, *_) = (cost(n) for n in (1000, 10**6, 10**7))
