@@ -178,8 +178,8 @@ class World:
 
     def best_is_best(self, run):
         "After a session that ended well: no living file of this run's line has a lower loss than the best one."
-        living = [c for c in RunDir(run).living() if c.path.name not in (AUTO, ALIEN)]
-        mine = [c for c in living if c.val_loss and c.lineage[-1]['run_id'] == living[0].lineage[-1]['run_id'] and is_ancestor(c, living[0])]
+        living = [c for c in RunDir(run).living() if c.path.name != ALIEN]
+        mine = [c for c in living if c.path.name != AUTO and c.val_loss and c.lineage[-1]['run_id'] == living[0].lineage[-1]['run_id'] and is_ancestor(c, living[0])]
         if mine: assert describe(run/WORDS['best']).val_loss <= min(c.val_loss for c in mine)
 
     def histories_follow(self):
@@ -266,6 +266,7 @@ def prune_before_it_is_safe(monkeypatch):
     monkeypatch.setattr(Writer, 'save', save)
 
 
+BRANCH_WITHOUT_BEST = (Deed('b', how='kill -9 in half a file', after=11), Deed('c', 0, 19, how='in an evaluation', after=1))
 GO_BACK = (Deed('a'), Deed('', 1, 12), Deed('', 0, 30), Deed('', 2, 5, how='SIGTERM'))
 
 
@@ -276,6 +277,9 @@ def test_final_of_a_run_without_its_periodic_files(text, tmp_path):
 
 KEEP_TWO = (Deed('b'), Deed('a', keep_last=2), Deed('', 0, 30, alien=True), Deed('', 1, 0, keep_last=3), Deed('', 0, 12, keep_last=2, how='disk full'))
 OF_KEEPING = (prune_one_too_many, prune_another_lineage_s, prune_what_is_set_aside, prune_the_trunk, prune_before_it_is_safe)
+
+
+def test_a_branch_stopped_in_its_first_evaluation(text, tmp_path): live(BRANCH_WITHOUT_BEST, tmp_path/'world', text)
 
 
 @pytest.mark.parametrize('life, faults', [
