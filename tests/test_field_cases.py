@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +64,37 @@ def test_one_writer_who_ends_when_asked(text, tmp_path, call):
     assert p.returncode == 143 and f'Stopped at step {latest.step} of 9000 (SIGTERM)' in out and '--resume' in out
     assert [e['step'] for e in events(run, 'stop')] == [latest.step] == [events(run, 'save')[-1]['step']]
     only_plain(latest.path)
+
+
+# The disk fills
+
+def test_room_for_tokens_and_checkpoints_is_told_before_the_first_step(text, tmp_path, monkeypatch, capsys):
+    "Each on the file system where it goes; on one and the same, the checkpoints must fit beside the tokens."
+    disks = {}
+    def usage(path):
+        disk = next((d for d in disks if Path(path).is_relative_to(d)), None)
+        return SimpleNamespace(free=much) if disk is None else SimpleNamespace(free=disks[disk]-sum(p.stat().st_size for p in disk.rglob('*') if p.is_file()))
+    monkeypatch.setattr(shutil, 'disk_usage', usage)
+    config = preset('small', **parse_settings([*TINY, 'max_steps=2', 'save_interval=1', 'n_embd=64']), data=str(text))
+    def told(name, cache, run=None):
+        "Whether too little room for tokens, and for checkpoints, is told, with so many bytes free; `run` None: on the same disk."
+        tokens, home = tmp_path/name/'cache', tmp_path/name/('cache' if run is None else 'runs')
+        for disk, size in {home: run, tokens: cache}.items(): disk.mkdir(parents=True, exist_ok=True); disks[disk] = size
+        monkeypatch.setenv('LMNB_CACHE', str(tokens/'tokens'))
+        capsys.readouterr()
+        Trainer(config, home/'run', quiet=True).fit(max_minutes=0)
+        kinds = [(e['kind'], e.get('code')) for e in map(json.loads, (home/'run'/'metrics.jsonl').read_text().splitlines())]
+        early, out = ('warn', 'disk') in kinds[:kinds.index(('train', None))], capsys.readouterr().out
+        assert early == (f'{home/"run"}: ' in out and 'see keep_last' in out)
+        return f'{tokens/"tokens"} has' in out and 'LMNB_CACHE names a folder' in out, early
+    much, tokens = 10**9, text.stat().st_size
+    need = 6*Trainer(config, tmp_path/'a', quiet=True).engine.n_bytes()  # steps 1 and 2, best, trunk, and room to write
+    assert need > 2*tokens
+    assert told('both', much, much) == (False, False)
+    assert told('small cache', tokens//2, much) == (True, False)
+    assert told('small disk', much, need//2) == (False, True)
+    assert told('one', need+2*tokens) == (False, False)
+    assert told('one, small', need+tokens//10) == (False, True)  # enough for either
 
 
 # "Keep the last -1, 0 or 1" deleted everything
@@ -363,6 +397,28 @@ def test_the_tokens_come_with_the_checkpoint(text, tmp_path):
     assert differences(a, b, ('lineage', 'software')) == []
 
 
+# A program started from a notebook died on the notebook's own plot back end
+
+ALL = r'''
+import sys
+from lmnb import cli
+for name, *args in ('train', '--quiet', '--set', *sys.argv[1:]), ('sample', 'checkpoints'), ('runs', '.'):
+    try: getattr(cli, name)(args)
+    except SystemExit as e: print('END', name, e.code)
+assert 'matplotlib' not in sys.modules
+'''
+
+
+def test_a_plot_back_end_that_is_not_there(text, tmp_path):
+    "Every command as a notebook's `!` starts it, with its kernel's variables: none so much as imports matplotlib."
+    for name in ('nowhere', 'module://not.installed'):
+        args = [*TINY, f'data={text}', 'max_steps=4', 'save_interval=2', 'eval_interval=2']
+        done = subprocess.run([sys.executable, '-c', ALL, *args], cwd=tmp_path, env=dict(os.environ, MPLBACKEND=name), capture_output=True, text=True)
+        ends = [l.split()[1:] for l in done.stdout.splitlines() if l.startswith('END')]
+        assert done.returncode == 0 and ends == [[n, '0'] for n in ('train', 'sample', 'runs')], done
+        shutil.rmtree(tmp_path/'checkpoints')
+
+
 # Saving slowed with the run's length
 
 def test_a_history_is_bounded(short):
@@ -373,3 +429,29 @@ def test_a_history_is_bounded(short):
         return len(pickle.dumps(history)), history
     (few, _), (many, history) = bytes_after(2000), bytes_after(10**6)
     assert many < 1.2*few and len(history) <= 2000 and history[0]['step'] == 512 and history[-1]['step'] == 10**6//512*512
+
+
+def test_a_save_costs_the_same_after_a_million_steps(text, tmp_path, monkeypatch):
+    "Bytes of the file, tensors copied, and memory taken for it; histories as runs of those lengths leave them, at the default intervals."
+    config = preset('small', data=str(text), vocab_size=300, block_size=32, max_steps=10**7)
+    t, copied = Trainer(config, tmp_path, quiet=True), []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, '_foreach_copy_', lambda dst, src: copied.append((len(src), sum(s.nbytes for s in src))) or copy(dst, src))
+    def cost(step):
+        t.step, t.train_history, t.val_history = step, [], []
+        for k in range(10, step+1, 10): keep_record(t.train_history, dict(step=k, loss=1/k, lr=1e-3, grad_norm=.1+1/k), config.log_interval)
+        for k in range(100, step+1, 100): keep_record(t.val_history, dict(step=k, loss=1/k), config.eval_interval)
+        buffers = []
+        for _ in range(2):  # the second save finds the buffers of the first
+            tracemalloc.start()
+            t.writer.save(t.state_dict(), [f'checkpoint_step_{step}.pt'])
+            taken = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            t.writer.wait()
+            buffers.append([b.data_ptr() for b in t.writer.kept.values()])
+        assert buffers[0] == buffers[1]
+        written = t.writer.results.get(), t.writer.results.get()
+        return written[1]['bytes'], copied[-1], taken
+    (few, copies, little), (many, again, much), (most, *_) = (cost(n) for n in (1000, 10**6, 10**7))
+    assert few > 5e6 and copies == again and many < few+2*2000*100 and most < many*1.01
+    assert much < little+2*2000*500  # at most 2,000 records of each history, small dicts both
