@@ -325,7 +325,8 @@ def plain(e:BaseException)->str:
     return ' '.join(str(e).split()) or type(e).__name__
 
 def duration(s:float)->str:
-    "Seconds in words: `42 s`, `12 min`, `1 h 05 min`, `3 d 4 h`."
+    "Seconds in words: `42 s`, `12 min`, `1 h 05 min`, `3 d 4 h`; a clock that was set back gives 0 s."
+    s = max(s, 0)
     if s<90: return f'{s:.0f} s'
     if s<5400: return f'{s/60:.0f} min'
     if s<2*86400: return f'{s//3600:.0f} h {s%3600/60:02.0f} min'

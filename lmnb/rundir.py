@@ -279,9 +279,13 @@ def _acquire(self:RunDir)->BaseFileLock:
 def _take(self:RunDir, lock):
     try: lock.acquire()
     except Timeout:
-        for _ in range(10): # the other may have begun this moment, and `run.json` still be of the run before
-            if (who := self.status()).get('state') in ('starting', 'running', 'stopping'): break
-            time.sleep(.1)
+        for _ in range(25): # the other may have begun this moment, and `run.json` still be of the run before
+            who = self.status()
+            here = who.get('host') in (None, socket.gethostname())
+            works = who.get('state') in ('starting', 'running', 'stopping')
+            if works and not (here and started_at(who.get('pid')) is None): break
+            time.sleep(.02)
+        else: who = {}
         at = f': pid {who.get("pid")} on {who.get("host")}, at step {who.get("step")}' if who else ''
         raise RunBusy(f'another process trains in {self}{at}') from None
     return lock

@@ -202,7 +202,9 @@ def fit(self:Trainer,
 @patch
 def _loop(self:Trainer):
     "Steps until the end, or until asked to stop; at least one is done when only the clock asks."
-    if self._evaluation_due(): self._evaluate_and_save()
+    if self._evaluation_due():
+        self._evaluate_here()
+        if self.val_loss is not None: self._evaluate_and_save() # else the file is as it was
     first,reason = self.step,None
     while self.step<self.plan.max_steps:
         reason = self.stop.asked(self.run)
@@ -335,7 +337,7 @@ def _complete(self:Trainer)->bool:
     "Nothing left to do: say so, with the command that goes on; make names true."
     if not self.done and (self.step<self.plan.max_steps or self._evaluation_due()): return False
     if self.run.path.is_dir():
-        with self.run.locked(): self.run.heal(self.lineage[-1]['run_id'])
+        with self.run.locked(): self.run.sweep(); self.run.heal(self.lineage[-1]['run_id'])
     say(f'Training already complete at step {self.step} of {self.plan.max_steps}. '
         f'To go on: {self._command("latest", 2*self.step)}')
     return True

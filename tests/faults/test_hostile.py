@@ -212,7 +212,7 @@ def test_checkpoints(row, good, tmp_path, what):
         if what in HARMLESS: assert differences(load_checkpoint(path), load_checkpoint(good)) == []
         else:
             with pytest.raises((ValueError, OSError)) as e: Trainer.resume(path, tmp_path/'branch', quiet=True)
-            assert '\n' not in str(e.value) and (what in LATER or str(path) in str(e.value)), e.value
+            assert '\n' not in str(e.value) and (what in LATER or path.name in str(e.value)), e.value
         for _ in range(2): runs_table(tmp_path), runs_tree(tmp_path)
         RunDir(run).latest(note=lambda _: None)
     bounded(act, tmp_path)
