@@ -63,7 +63,7 @@ _RARE = re.compile(rb'"kind": ?"(?!train)(\w+)')
 def _sampled(path, n):
     "As `read_events`, but of a large file: rare kinds, `n` lines evenly, and the last 500."
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
-        end = m.rfind(b'\n')+1
+        if not (end := m.rfind(b'\n')+1): return [],0,0
         rare = [(x.start(), x[1]) for x in _RARE.finditer(m, 0, end)]
         vals = [at for at,kind in rare if kind==b'val']
         places = vals[::len(vals)//10_000+1]+[at for at,kind in rare if kind!=b'val']
