@@ -189,7 +189,7 @@ class World:
             steps = h.train['step'].tolist()
             assert steps == list(range(1, len(steps)+1))
             assert (np.diff(h.val['step']) > 0).all()
-            for path in run.glob('[!.]*.pt'):
+            for path in {*run.glob('[!.]*.pt')}-{run/ALIEN}:
                 c = load_checkpoint(path)
                 if c['lineage'] != h.lineage[:len(c['lineage'])] or c['global_step'] > len(steps): continue
                 assert [r['loss'] for r in c['train_history']] == h.train['loss'][:c['global_step']].tolist()
