@@ -1,5 +1,6 @@
 "Troubles that people have with other trainers: each part is a kind of fault, with the forms in which it was reported."
 import gzip
+import io
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ from conftest import EVERY, SHORT, TINY, command, events, guided, train, tree
 from lmnb import Trainer, list_checkpoints, load_checkpoint, preset, sample
 from lmnb.check import differences
 from lmnb.config import parse_settings
-from lmnb.data import as_tokenizer, eot_id, load_corpus, train_tokenizer
+from lmnb.data import as_tokenizer, encode, eot_id, load_corpus, train_tokenizer
 from lmnb.history import Console, keep_record
 from lmnb.model import stream_text
 
@@ -97,6 +98,26 @@ def test_room_for_tokens_and_checkpoints_is_told_before_the_first_step(text, tmp
     assert told('one, small', need+tokens//10) == (False, True)  # enough for either
 
 
+def test_half_a_token_file_is_nobody_s(tmp_path, monkeypatch):
+    "A disk that fills leaves nothing of it; what a kill left is removed, and taken for a whole one by none."
+    (tmp_path/'a.txt').write_text('some words and more of them\n'*400)
+    monkeypatch.setenv('LMNB_CACHE', str(tmp_path/'cache'))
+    def fill(pieces, tok, out, dtype):
+        out.write(bytes(100))
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m, pytest.raises(OSError, match='No space'):
+        m.setattr('lmnb.data.encode', fill)
+        corpus(tmp_path/'a.txt')
+    kept = {p.name for p in (tmp_path/'cache').iterdir()}
+    assert not [n for n in kept if not n.endswith(('.tokenizer.json', '.lock'))], kept
+    key, = (n.removesuffix('.lock') for n in kept if n.endswith('.lock'))
+    for folder in (f'{key}.part', key):  # as a kill leaves the first, and a kill amid the renaming of files could leave the second
+        (tmp_path/'cache'/folder).mkdir()
+        (tmp_path/'cache'/folder/'tokens.bin').write_bytes(bytes(100))
+    assert decoded(corpus(tmp_path/'a.txt')) == (tmp_path/'a.txt').read_text()
+    assert {p.name for p in (tmp_path/'cache').iterdir()} == kept | {key}
+
+
 # "Keep the last -1, 0 or 1" deleted everything
 
 @pytest.mark.parametrize('keep', [-1, 0, 1, 2])
@@ -156,6 +177,11 @@ def test_ids_do_not_wrap_round(n, dtype, tmp_path):
     assert ids(c) == numbers and c.train.dtype == dtype
     with pytest.raises(ValueError, match=f'{n} ids, vocab_size={n-1}; set vocab_size={n}'):
         corpus(tmp_path/'a.txt', vocab_size=n-1, tokenizer=str(tmp_path/'t.json'))
+
+
+def test_ids_are_checked_as_they_are_written():
+    tok = as_tokenizer(train_tokenizer(['some plain text'], 15, 300))
+    with pytest.raises(ValueError, match='id .* does not fit uint8'): encode(['a text with a word or two'*9], tok, io.BytesIO(), np.dtype('uint8'))
 
 
 def test_special_names_in_a_text_are_text(tmp_path):

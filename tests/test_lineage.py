@@ -93,7 +93,7 @@ class World:
             try: return train(prepare, self.root/'batches.txt', deed.how, deed.after)
             except (ValueError, FileNotFoundError) as e: print(f'refused: {e}'); return 2
         before, began = self.files, self.begun()
-        alien = deed.alien and next((p for p in paths if _STEP.fullmatch(p.name) and not (path and is_ancestor(describe(p), describe(path)))), None)
+        alien = deed.alien and next((p.read_bytes() for p in paths if _STEP.fullmatch(p.name) and not (path and is_ancestor(describe(p), describe(path)))), None)
         came_from = load_checkpoint(path, note=lambda _: None) if path else None
         (self.root/'put').unlink(missing_ok=True)
         code = forked(act, self.root/'said.txt')
@@ -115,10 +115,10 @@ class World:
         return hashlib.sha256(path.read_bytes()).hexdigest(), weights, state['global_step'], state['lineage'], state['val_loss']
 
     def put(self, alien, to):
-        "Copy a file to where a run is at work, unless the disk is full; once."
+        "Put a file to where a run is at work, unless the disk is full; once."
         if to.exists(): return
         with suppress(OSError):
-            shutil.copy(alien, self.root/'copy')
+            (self.root/'copy').write_bytes(alien)
             (self.root/'copy').replace(to)
             (self.root/'put').touch()
 
@@ -189,7 +189,7 @@ class World:
             steps = h.train['step'].tolist()
             assert steps == list(range(1, len(steps)+1))
             assert (np.diff(h.val['step']) > 0).all()
-            for path in run.glob('[!.]*.pt'):
+            for path in {*run.glob('[!.]*.pt')}-{run/ALIEN}:
                 c = load_checkpoint(path)
                 if c['lineage'] != h.lineage[:len(c['lineage'])] or c['global_step'] > len(steps): continue
                 assert [r['loss'] for r in c['train_history']] == h.train['loss'][:c['global_step']].tolist()

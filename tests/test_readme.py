@@ -22,3 +22,20 @@ def test_the_two_commands():
     assert 'lmnb-train --config small --max-steps 300 --save-interval 100' in command(1)
     assert 'nbdev_test' in command(2) and 'pytest' in command(2)
     assert all(len(command(n).strip().splitlines()) == 1 for n in (1, 2))
+
+
+def test_the_troubles_of_the_guide():
+    "Each message of its last table is one that a module says, and leads to a heading; its outputs hold no path of the machine."
+    import json
+    import re
+    cells = json.loads((root/'nbs/guides/when_something_goes_wrong.ipynb').read_text(encoding='utf-8'))['cells']
+    text = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+    assert not re.search(r'/(tmp|home|Users)/', json.dumps([c.get('outputs') for c in cells]))
+    said = ' '.join(p.read_text(encoding='utf-8') for p in (root/'lmnb').glob('*.py'))
+    said = re.sub(r"'\s*\n\s*f?'", '', said)  # messages over two lines
+    rows = re.findall(r'^\| (.+) \| (.+) \|$', next(t for t in text if t.startswith('## From the message')), re.M)[1:]
+    heads = {h.replace(' ', '-') for t in text for h in re.findall(r'^## (.+)$', t, re.M)}
+    assert len(rows) > 20
+    for message, to in rows:
+        for part in (p.strip(' :;()') for m in re.findall('`([^`]+)`', message) for p in m.split('…')): assert part in said, part
+        for link in re.findall(r'\]\(#([^)]+)\)', to): assert link in heads, link
