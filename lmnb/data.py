@@ -300,7 +300,7 @@ def token_file(
     with FileLock(f'{folder}.lock'):
         if (ids := open_tokens(folder)) is not None: return ids # another run made it while we waited
         part = Path(f'{folder}.part')
-        for left in (part, folder): shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir(parents=True)
             tok = as_tokenizer(tokenizer)
@@ -309,6 +309,7 @@ def token_file(
             if read!=contents: raise RuntimeError('the data changed while it was read; start again when it is still')
             checksums(part/'tokens.bin').tofile(part/'tokens.crc')
             (part/'meta.json').write_text(json.dumps(dict(n_tokens=n, dtype=str(dtype), contents=contents)))
+            shutil.rmtree(folder, ignore_errors=True) # damaged, or of an older lmnb: now there is a whole one
             os.replace(part, folder)
         finally: shutil.rmtree(part, ignore_errors=True)
     return open_tokens(folder)
@@ -335,7 +336,10 @@ def load_corpus(
     saved = saved or {}
     where = source or saved.get('source') or config.data
     tokenizer,root,known = _given_tokenizer(config, saved),cache_dir(note),{} if allow_new_data else saved
-    cached = open_tokens(root/cache_key(saved['fingerprint'], saved['tokenizer'])) if saved and source is None else None
+    folder = root/cache_key(saved['fingerprint'], saved['tokenizer']) if saved and source is None else None
+    cached = folder and open_tokens(folder)
+    if folder and cached is None and folder.exists():
+        note(f'The tokens in {folder} are damaged, or of an older lmnb; they are made anew from {where}.')
     if cached is not None: contents,ids = saved['fingerprint'],[cached]
     elif (Path(where).expanduser()/'train.bin').is_file(): contents,ids = _bin_ids(config, where, tokenizer, known)
     else: contents,tokenizer,ids = _text_ids(config, where, tokenizer, known, root, note)
