@@ -362,7 +362,7 @@ class Console:
         elif kind=='save': self.line(f'step {e["step"]:,}: saved {", ".join(e["names"])}')
 
     def begin(self, e):
-        self.first,self.total,self.t0,self.said = e['step'],e['max_steps'],time.time(),0
+        self.first,self.total,self.t0,self.said = e['step'],e['max_steps'],time.monotonic(),0
         if self.quiet or not getattr(sys.stdout, 'isatty', bool)(): return
         from fastprogress.fastprogress import ConsoleProgressBar # imports a web framework: only where it is shown
         self.bar = ConsoleProgressBar(None, total=self.total-self.first, txt_len=80)
@@ -373,9 +373,9 @@ class Console:
         if self.bar:
             self.bar.comment = f'step {e["step"]:,} loss {e["loss"]:.3f}' + (f' val {self.val:.3f}' if self.val else '')
             return self.bar.update(done)
-        left = (time.time()-self.t0)/done*(self.total-e['step'])
-        if time.time()-self.said<2 and e['step']!=self.total: return
-        self.said = time.time()
+        left = (time.monotonic()-self.t0)/done*(self.total-e['step'])
+        if time.monotonic()-self.said<2 and e['step']!=self.total: return
+        self.said = time.monotonic()
         self.line(f'step {e["step"]:,} of {self.total:,}: loss {e["loss"]:.4f}, lr {e["lr"]:.2e}, '
                   f'{e["tok_per_s"]:,.0f} tokens/s, {duration(left)} left')
 

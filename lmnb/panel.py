@@ -294,7 +294,7 @@ def refresh(self:ResumePanel):
 def _look(self:ResumePanel):
     "Look at what is due."
     with self.lock:
-        if time.time()>self.list_due: self._list_runs()
+        if time.monotonic()>self.list_due: self._list_runs()
         if (v := self.shown) is None: return self._show_empty()
         try: v.update()
         except FileNotFoundError:
@@ -305,7 +305,7 @@ def _look(self:ResumePanel):
         self._check_one(v)
         for part in (self._show_state, self._show_list, self._show_form, self._show_log): part(v)
         self._show_sample()
-        if time.time()>self.draw_due: self._draw(v)
+        if time.monotonic()>self.draw_due: self._draw(v)
 
 @patch
 def _check_one(self:ResumePanel, v):
@@ -324,9 +324,9 @@ def name(self:ResumePanel, v:Background)->str:
 @patch
 def _list_runs(self:ResumePanel):
     "The runs below `root`; one that is new gets a view, one that is gone loses it."
-    began = time.time()
+    began = time.monotonic()
     self.views = {str(r):self.views.get(str(r)) or Background(r) for r in find_runs(self.root)}
-    self.list_due = time.time()+max(3, 50*(time.time()-began)) # a home folder takes long to walk
+    self.list_due = time.monotonic()+max(3, 50*(time.monotonic()-began)) # a home folder takes long to walk
     def line(v):
         v.now = condition(v.run)
         return f'{self.name(v)}, '+('running' if v.now.alive else f'{v.now.state} at {v.step:,} of {v.total:,}')
@@ -367,8 +367,8 @@ def _show_empty(self:ResumePanel):
 def _show_state(self:ResumePanel, v):
     "Headline, bar, the line below it, Stop, and what is wrong."
     asked = str(v.run),v.now.pid # a resume has another process
-    if v.now.state=='stopping': self.asked.setdefault(asked, time.time())
-    since = time.time()-self.asked.get(asked, time.time())
+    if v.now.state=='stopping': self.asked.setdefault(asked, time.monotonic())
+    since = time.monotonic()-self.asked.get(asked, time.monotonic())
     state = 'stopping' if asked in self.asked and v.now.alive and v.now.state!='elsewhere' else v.now.state
     seams = [s['from_step'] for s in v.begin.get('lineage', [])[1:] if 0<s['from_step']<v.total]
     marks = ''.join(f'<u style="left:{100*s/v.total:.1f}%" title="resumed at {s:,}"></u>' for s in seams)
@@ -457,7 +457,7 @@ def _draw(self:ResumePanel, v):
     else: picture = run_picture(h, a.plan if a else v.plan(), a.c.step if a else None, self.logy.value)
     self._set(self.plot, value=self.canvas.png(*picture))
     self._set(self.legend, value=legend(h, others))
-    self.picture,self.draw_due = shows,time.time()+min(5, max(2, 100*(time.thread_time()-began)))
+    self.picture,self.draw_due = shows,time.monotonic()+min(5, max(2, 100*(time.thread_time()-began)))
 
 def legend(h, others:dict)->str:
     "What the picture says, as text."
@@ -518,7 +518,7 @@ def stop(self:ResumePanel, kill:bool=False):
     "Ask the run that is shown to finish its step, save and end; a `RuntimeError` if nothing runs."
     with self.lock:
         stop(self.shown.run, kill)
-        self.asked.setdefault((str(self.shown.run), self.shown.now.pid), time.time())
+        self.asked.setdefault((str(self.shown.run), self.shown.now.pid), time.monotonic())
         self._look()
 
 # %% ../nbs/12_panel.ipynb #13c5266c

@@ -242,12 +242,12 @@ class CellDisplay:
         at,speed = f'step {e["step"]:,} of {self.plan.max_steps:,}',f'{e["tok_per_s"]:,.0f} tokens/s'
         self.bar.comment = f'{at}, loss {e["loss"]:.3f}, {speed}'
         self.bar.update(e['step']-self.first)
-        if time.time()>self.due: self._draw()
+        if time.monotonic()>self.due: self._draw()
 
     def _draw(self):
-        began = time.time()
+        began = time.monotonic()
         self.handle.update(self._picture())
-        self.due = time.time()+max(2, 50*(time.time()-began))
+        self.due = time.monotonic()+max(2, 50*(time.monotonic()-began))
 
     def _picture(self):
         from IPython.display import Image

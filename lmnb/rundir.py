@@ -331,7 +331,7 @@ def write_status(self:RunDir, **fields):
 def started_at(pid:int)->float|None:
     "When a process began, in seconds since 1970 (Linux: since the machine did, a clock that nobody sets); None: gone."
     try:
-        p = psutil.Process(pid)
+        p = psutil.Process(int(pid)) # None would be this one
         if p.status()==psutil.STATUS_ZOMBIE: return None
         with suppress(OSError): # field 22 of proc(5), in hundredths
             return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19])/100
@@ -373,16 +373,17 @@ class Stopped(BaseException): "A wish to end, heard while it could be obeyed at 
 class Stop:
     "Turns signals, the file `stop` and the clock into one question: is it time to end?"
     def __init__(self, max_minutes:float=None): # counted from now; None: no limit
-        self.reason,self.at_once,self.old = None,False,{}
+        self.reason,self.at_once,self.old,self.pressed = None,False,{},0 # `pressed`: Ctrl-C, so often
         self.deadline = None if max_minutes is None else time.monotonic()+60*max_minutes
 
-    def clear(self): self.reason = self.deadline = None
+    def clear(self): self.reason,self.deadline,self.pressed = None,None,0
 
     def twice(self): raise KeyboardInterrupt # the command line leaves here
 
     def _signal(self, number, frame):
         name = signal.Signals(number).name
-        if name==self.reason=='SIGINT': self.twice()
+        self.pressed += name=='SIGINT'
+        if self.pressed>1: self.twice()
         self.reason = self.reason or name
         if self.at_once: raise Stopped(self.reason)
 
