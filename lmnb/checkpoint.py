@@ -7,12 +7,12 @@ __all__ = ['FORMAT', 'NINE', 'MORE', 'MEMBER', 'CheckpointError', 'summary', 'wr
            'check_structure', 'check_contents', 'load_checkpoint', 'Checkpoint', 'describe', 'snapshot', 'Writer']
 
 # %% ../nbs/08_checkpoint.ipynb #288caa7a
-import errno, json, os, queue, re, shutil, stat, struct, threading, time, zipfile, zlib
+import errno, json, os, pickletools, queue, re, shutil, stat, struct, threading, time, zipfile, zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .config import ExperimentConfig, config_from
-from .history import _strict, is_lineage, say
+from .history import _strict, is_lineage, plain, say
 
 # %% ../nbs/08_checkpoint.ipynb #25206512
 FORMAT = 1
@@ -108,7 +108,9 @@ def check_structure(
         raise CheckpointError(f'{path} is no checkpoint: it is {kind}, not a torch.save zip')
     try: z = zipfile.ZipFile(f)
     except Exception as e: # whatever a damaged file brings up in the reader
-        raise CheckpointError(f'{path} is cut off or damaged: its directory at the end cannot be read ({e})') from None
+        raise CheckpointError(f'{path} is cut off or damaged: its end cannot be read ({e})') from None
+    if not _one_directory(f, size):
+        raise CheckpointError(f'{path} is damaged or hostile: its directory is not where its end says')
     members,names = z.infolist(),z.namelist()
     root = names[0].split('/')[0] if names else ''
     if f'{root}/data.pkl' not in names: raise CheckpointError(f'{path} is no checkpoint: a zip without data.pkl')
@@ -122,6 +124,15 @@ def check_structure(
         raise CheckpointError(f'{path}: refused, its data.pkl has {n:,} bytes, {_PICKLE_MAX:,} are allowed')
     return z
 
+def _one_directory(f, size):
+    "Whether the zip's directory lies right before its end, where every reader finds it; else torch may read another."
+    f.seek(max(0, size-98))
+    tail = f.read().rjust(98)
+    n,at = struct.unpack('<LL', tail[-10:-2])
+    if tail[-42:-38]!=b'PK\6\7': return tail[-22:-18]==b'PK\5\6' and at+n==size-22
+    n,at,start = struct.unpack('<QQ8xQ', tail[40:72]) # zip64
+    return start==at+n==size-98
+
 def check_contents(f, path:Path):
     "Compare every byte with its checksum; a `CheckpointError` names the member that does not match."
     with check_structure(f, path) as z:
@@ -130,6 +141,13 @@ def check_contents(f, path:Path):
     if bad: raise CheckpointError(f'{path} is damaged: the CRC of {bad} does not match')
 
 # %% ../nbs/08_checkpoint.ipynb #8f0999a3
+_TUPLES = 20_000 # in the pickle of one file; a tensor takes four
+
+def _n_tuples(f):
+    "A tuple is hashed through all that lie in it, without a limit: a key of a million ends the process."
+    with zipfile.ZipFile(f) as z: data = z.read(next(n for n in z.namelist() if n.endswith('/data.pkl')))
+    return sum(op.name.startswith('TUPLE') for op,*_ in pickletools.genops(data))
+
 def load_checkpoint(
     path,       # of a checkpoint file
     note=say,   # called with one line for what a file lacks or brings too much
@@ -137,12 +155,14 @@ def load_checkpoint(
     "Check and read a checkpoint; `FileNotFoundError`, or a `CheckpointError` that names the check that failed."
     import torch
     path = Path(path).expanduser()
-    if path.exists() and not path.is_file(): # a pipe, say, which would be waited for
-        raise CheckpointError(f'{path} is {"a folder" if path.is_dir() else "something else"}, not a checkpoint file')
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f'{path} is a {"folder" if path.is_dir() else "pipe or device"}, not a checkpoint file')
     torch.serialization.add_safe_globals([ExperimentConfig]) # the context manager takes away what was allowed before it
     with open(path, 'rb') as f:
         check_contents(f, path)
         try:
+            f.seek(0)
+            if _n_tuples(f)>_TUPLES: raise ValueError('nested too deeply')
             f.seek(0)
             unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
             f.seek(0)
@@ -184,10 +204,13 @@ _DEPTH,_MANY = 20,10**6 # how deep a checkpoint's dicts and lists lie in each ot
 
 def _refuse_endless(x, path):
     "Refuse a state that lies in itself, that nobody could walk through, or with a number beyond any step or loss."
+    import torch
     todo,n = [(x, 0)],0
     while todo:
         v,depth = todo.pop()
         n += 1
+        if isinstance(v, torch.Tensor) and (v.layout!=torch.strided or v.nbytes>v.untyped_storage().nbytes() or v.is_meta):
+            raise CheckpointError(f'{path}: refused, a tensor of more numbers than it holds, {(*v.shape,)}')
         if depth>_DEPTH or n>_MANY: raise CheckpointError(f'{path}: refused, nested too deeply or without an end')
         if type(v) is int and abs(v)>=2**63: raise CheckpointError(f'{path}: refused, a number in it has over 63 bits')
         if isinstance(v, dict): todo += [(y, depth+1) for y in v.values()]
@@ -257,7 +280,10 @@ def _at_the_end(f):
 def _in_the_zip(f, path):
     "The JSON member by way of the zip's directory, every entry of which is checked; None if there is none."
     with check_structure(f, path) as z:
-        if MEMBER not in z.namelist(): return None
+        if MEMBER not in z.namelist():
+            f.seek(max(0, f.seek(0, 2)-_END))
+            if MEMBER.encode() in f.read(): raise ValueError('its name in the directory is damaged')
+            return None
         if z.getinfo(MEMBER).file_size>_PICKLE_MAX//4: raise ValueError('its description is too large')
         return z.read(MEMBER)
 
@@ -292,16 +318,17 @@ def describe(
     path = Path(path)
     try: s = os.stat(path)
     except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}')
-    if not stat.S_ISREG(s.st_mode): return Checkpoint(path, error=f'{path} is no file')
+    if not stat.S_ISREG(s.st_mode): return Checkpoint(path, error=f'{path} is a folder, pipe or device')
     key = s.st_dev,s.st_ino,s.st_size,s.st_mtime_ns
-    found = _seen.get(key) or _seen.setdefault(key, _described(path))
+    found = _seen.get(key) or _seen.setdefault(key, dict(_described(path), at=str(path)))
     if check and not found['checked'] and not found['error']:
         try:
             with open(path, 'rb') as f: check_contents(f, path)
             found['checked'] = True
         except CheckpointError as e: found['error'] = str(e)
         except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}') # not remembered: it may pass
-    return Checkpoint(path, s.st_size, s.st_mtime_ns/1e9, **found)
+    found = {k:x for k,x in found.items() if k!='at'}|dict(error=found['error'] and found['error'].replace(found['at'], str(path)))
+    return Checkpoint(path, s.st_size, s.st_mtime_ns/1e9, **found) # the file may have another name than when it was read
 
 # %% ../nbs/08_checkpoint.ipynb #f93bb667
 def snapshot(
@@ -359,5 +386,5 @@ class Writer:
         try:
             if self.place: self.place.check()
             out['bytes'],self.failed = write_checkpoint(state, self.folder, names),None
-        except Exception as e: out['error'],self.failed = f'{type(e).__name__}: {e}',(state, names)
+        except Exception as e: out['error'],self.failed = plain(e),(state, names)
         self.results.put(out)

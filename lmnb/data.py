@@ -304,7 +304,7 @@ def token_file(
         try:
             part.mkdir(parents=True)
             tok = as_tokenizer(tokenizer)
-            dtype = np.dtype('uint16' if tok.get_vocab_size()<=2**16 else 'uint32')
+            dtype = np.dtype('uint16' if max(tok.get_vocab().values(), default=0)<2**16 else 'uint32')
             with open(part/'tokens.bin', 'wb') as f: read,n = encode(pieces(), tok, f, dtype),f.tell()//dtype.itemsize
             if read!=contents: raise RuntimeError('the data changed while it was read; start again when it is still')
             checksums(part/'tokens.bin').tofile(part/'tokens.crc')

@@ -319,7 +319,7 @@ def out_of_memory(e:BaseException)->bool:
 
 def plain(e:BaseException)->str:
     "An error's message in one line; of the system's errors the reason and the path."
-    if out_of_memory(e):
+    if out_of_memory(e) and 'lower micro_batch_size' not in str(e): # said already
         return f'not enough memory: lower micro_batch_size, block_size or the model ({str(e)[-80:] or "MemoryError"})'
     if isinstance(e, OSError) and e.strerror: return e.strerror + (f': {e.filename}' if e.filename else '')
     return ' '.join(str(e).split()) or type(e).__name__

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, describe
 from .config import PRESETS, parse_settings, preset
 from .history import duration, plain
 from .plots import ACROSS, BLUE, INK, OTHERS, LivePicture, run_picture, runs_picture, smooth
-from .rundir import RunBusy
+from .rundir import RunBusy, RunDir
 
 # %% ../nbs/12_panel.ipynb #0b0cf3eb
 def clock(at:float)->str:
@@ -163,7 +163,7 @@ class ResumePanel(VBox):
         every_s:float=1.,  # seconds between looks
     ):
         super().__init__()
-        self.root,self.lock,self.done = Path(root).expanduser(),threading.RLock(),threading.Event()
+        self.root,self.lock,self.done = RunDir(root).path,threading.RLock(),threading.Event()
         self.views,self.shown,self.follow = {},None,True # by folder; the chosen one; whether the latest stays chosen
         self.asked,self.answers,self.said,self.mute = {},{},'',False
         self.list_due = self.draw_due = 0. # when to look for runs, and to draw, again
@@ -325,13 +325,13 @@ def name(self:ResumePanel, v:Background)->str:
 def _list_runs(self:ResumePanel):
     "The runs below `root`; one that is new gets a view, one that is gone loses it."
     began = time.monotonic()
-    self.views = {str(r):self.views.get(str(r)) or Background(r) for r in find_runs(self.root)}
+    self.views = {r.path:self.views.get(r.path) or Background(r) for r in find_runs(self.root)}
     self.list_due = time.monotonic()+max(3, 50*(time.monotonic()-began)) # a home folder takes long to walk
     def line(v):
         v.now = condition(v.run)
         return f'{self.name(v)}, '+('running' if v.now.alive else f'{v.now.state} at {v.step:,} of {v.total:,}')
-    options = tuple((line(v), p) for p,v in self.views.items())
-    shown = str(self.shown.run) if self.shown and str(self.shown.run) in self.views else None
+    options = tuple((line(v), str(p)) for p,v in self.views.items())
+    shown = str(self.shown.run.path) if self.shown and self.shown.run.path in self.views else None
     self._set(self.run, options=options, value=shown)
     if shown: return self._compare_with()
     self.shown = None
@@ -344,10 +344,12 @@ def show(self:ResumePanel,
 ):
     "Show another run; a `ValueError` names those that there are."
     with self.lock:
-        if str(run) not in self.views: self._list_runs()
-        if str(run) not in self.views: raise ValueError(f'no run {run}; there are {", ".join(self.views) or "none"}')
-        self.shown,self.follow,self.draw_due = self.views[str(run)],True,0.
-        self._set(self.run, value=str(run))
+        path = RunDir(run).path
+        if path not in self.views: self._list_runs()
+        if path not in self.views:
+            raise ValueError(f'no run {run}; there are {", ".join(map(self.name, self.views.values())) or "none"}')
+        self.shown,self.follow,self.draw_due = self.views[path],True,0.
+        self._set(self.run, value=str(path))
         self._set(self.extend, value='')
         self._compare_with()
         self._asking()
@@ -357,7 +359,7 @@ def show(self:ResumePanel,
 def _show_empty(self:ResumePanel):
     "No run yet: the form to start one."
     text = f'Press Start: the default trains {preset().n_params/1e6:.1f} M parameters on the Python standard library, '
-    here = f'<div class="lm-head">No runs yet in {escape(str(self.root))}</div>'
+    here = f'<div class="lm-head">No runs yet in {escape(str(RunDir(self.root)))}</div>'
     self._set(self.head, value=here+para(f'{text}with no download.'))
     self._set(self.start_button, button_style='primary')
     self._set(self, children=(self.css, self.head, self.notice, self.new))

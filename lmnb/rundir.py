@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .checkpoint import Checkpoint, describe, link, load_checkpoint, replace, sync_folder, write_checkpoint
-from .history import duration, say
+from .history import duration, in_notebook, say
 
 # %% ../nbs/09_rundir.ipynb #1d3a0f80
 WORDS = dict(best='best_model.pt', trunk='trunk_model.pt', final='final_model.pt')
@@ -68,8 +68,10 @@ class RunDir:
     def refuse_new_run(self):
         "A `RunExists` with the ways out if there is a run here."
         if self.holds_run():
-            raise RunExists(f'{self} holds a run (at step {self.living()[0].step}): go on with --resume latest '
-                            f'--checkpoint-dir {self}, choose another --checkpoint-dir, or set it aside with --new-run')
+            ways = (f'Trainer.resume("latest", "{self}")', 'checkpoint_dir', 'new_run=True') if in_notebook() else (
+                    f'--resume latest --checkpoint-dir {self}', '--checkpoint-dir', '--new-run')
+            raise RunExists(f'{self} holds a run (at step {self.living()[0].step}): go on with {ways[0]}, choose '
+                            f'another {ways[1]}, or set it aside with {ways[2]}')
 
 # %% ../nbs/09_rundir.ipynb #bb647e85
 def list_checkpoints(
@@ -90,13 +92,15 @@ def list_checkpoints(
 @patch
 def latest(self:RunDir, note=say)->Checkpoint|None:
     "The newest checkpoint whose every byte is right, or None."
-    living = self.living()
+    living,passed = self.living(),[]
     for c in living:
         if c.step is not None or c.error is not None: continue # described, or not to be read
         with suppress(ValueError): c.step = load_checkpoint(c.path, note=lambda _: None)['global_step']
     for c in sorted(living, key=lambda c: -1 if c.step is None else c.step, reverse=True): # stable: the rank stays
+        if any(c.same_file(p) for p in passed): continue # another name of it
         c = self._describe(c.path, check=True)
         if c.error is None: return c
+        passed.append(c)
         note(f'Passed over: {c.error.replace(str(c.path), str(from_here(c.path)))}')
 
 # %% ../nbs/09_rundir.ipynb #710329ac
@@ -122,6 +126,8 @@ def find(self:RunDir,
     if what.isdecimal() and (found := [c for c in self.living() if c.step==int(what)]): return found[0].path
     folder = self if what=='latest' else RunDir(path) if path.is_dir() else None
     if folder and (c := folder.latest(note)): return c.path
+    if folder and folder.living(): raise NotFound(f'no checkpoint in {folder} is whole; {folder.listing()}')
+    if folder is None and path.name!=what and path.parent.is_dir(): folder = RunDir(path.parent)
     cosine = what=='trunk' and any(c.config.get('schedule')=='cosine' for c in self.living())
     why = ' (a cosine run has no trunk: resume best or final)' if cosine else ''
     raise NotFound(f'Checkpoint not found: {what}{why}; {(folder or self).listing()}')

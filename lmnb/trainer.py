@@ -234,8 +234,8 @@ def _skipped(self:Trainer, k):
     "Warn of a skipped update; ten in a row that nothing explains end the run."
     self._warn('skip', f'step {k}: loss or gradient is not finite, update skipped', k)
     if self.engine.bad_steps>=10:
-        raise TrainingFailed(f'ten steps in a row, up to {k}, had a loss or gradient that is not finite; the last '
-                             'checkpoint stands. A lower lr in a new run may do, or look at the data')
+        raise TrainingFailed(f'ten steps in a row, up to {k}, had a loss or gradient that is not finite; older '
+                             'files stand. A lower lr in a new run may do, or look at the data')
 
 # %% ../nbs/10_trainer.ipynb #41b15f62
 @patch
@@ -339,7 +339,7 @@ def _complete(self:Trainer)->bool:
     if self.run.path.is_dir():
         with self.run.locked(): self.run.sweep(); self.run.heal(self.lineage[-1]['run_id'])
     say(f'Training already complete at step {self.step} of {self.plan.max_steps}. '
-        f'To go on: {self._command("latest", 2*self.step)}')
+        f'To go on: {self._command(str(self.parent) if self.where in ("aside", "branch") else "latest", 2*self.step)}')
     return True
 
 @patch
@@ -376,7 +376,7 @@ def _finish(self:Trainer, failed):
 @patch
 def _command(self:Trainer, what, extend=None)->str:
     "The line to copy, as who runs this would spell it; to extend, from the trunk if there is one."
-    if extend and (self.run/WORDS['trunk']).exists(): what = 'trunk'
+    if extend and what=='latest' and (self.run/WORDS['trunk']).exists(): what = 'trunk'
     more = '' if not extend else f', extend_steps={extend}' if in_notebook() else f' --extend-steps {extend}'
     if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"{more}).fit()'
     where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {shlex.quote(str(self.run))}'
@@ -390,9 +390,10 @@ def _farewell(self:Trainer):
         saved = f'saved as {self.saved_as}' if self.saved_step==self.step else 'no step was done, nothing to save'
         go_on = self._command('latest' if self.step else 'latest-or-new')
         return say(f'Stopped {at} ({self.interrupted}); {saved}. To go on: {go_on}')
-    last = f', validation loss {self.val_history[-1]["loss"]:.4f}' if self.val_history else ''
+    last = ', not evaluated' if self.val_loss is None else f', validation loss {self.val_loss:.4f}'
+    if math.isfinite(self.best_val_loss): last += f' (best {self.best_val_loss:.4f})'
     write = f'{program("lmnb-sample")} {shlex.quote(str(self.run))} --prompt "def"'
-    say(f'Finished {at}{last} (best {self.best_val_loss:.4f}).')
+    say(f'Finished {at}{last}.')
     if self.quiet: return
     say('Sample: '+(f'sample("{self.run}", "def")' if in_notebook() else write))
     say(f'Extend: {self._command("latest", 2*self.plan.max_steps)}')
