@@ -124,6 +124,7 @@ def check_structure(
         raise CheckpointError(f'{path}: refused, its data.pkl has {n:,} bytes, {_PICKLE_MAX:,} are allowed')
     return z
 
+# %% ../nbs/08_checkpoint.ipynb #f93e7b4d
 def _one_directory(f, size):
     "Whether the zip's directory lies right before its end, where every reader finds it; else torch may read another."
     f.seek(max(0, size-98))
@@ -209,8 +210,9 @@ def _refuse_endless(x, path):
     while todo:
         v,depth = todo.pop()
         n += 1
-        if isinstance(v, torch.Tensor) and (v.layout!=torch.strided or v.nbytes>v.untyped_storage().nbytes() or v.is_meta):
-            raise CheckpointError(f'{path}: refused, a tensor of more numbers than it holds, {(*v.shape,)}')
+        if isinstance(v, torch.Tensor):
+            if v.layout!=torch.strided or v.is_meta or v.nbytes>v.untyped_storage().nbytes():
+                raise CheckpointError(f'{path}: refused, a tensor of more numbers than it holds, {(*v.shape,)}')
         if depth>_DEPTH or n>_MANY: raise CheckpointError(f'{path}: refused, nested too deeply or without an end')
         if type(v) is int and abs(v)>=2**63: raise CheckpointError(f'{path}: refused, a number in it has over 63 bits')
         if isinstance(v, dict): todo += [(y, depth+1) for y in v.values()]
@@ -327,8 +329,9 @@ def describe(
             found['checked'] = True
         except CheckpointError as e: found['error'] = str(e)
         except OSError as e: return Checkpoint(path, error=f'{path}: {e.strerror}') # not remembered: it may pass
-    found = {k:x for k,x in found.items() if k!='at'}|dict(error=found['error'] and found['error'].replace(found['at'], str(path)))
-    return Checkpoint(path, s.st_size, s.st_mtime_ns/1e9, **found) # the file may have another name than when it was read
+    c = Checkpoint(path, s.st_size, s.st_mtime_ns/1e9, **{k:x for k,x in found.items() if k!='at'})
+    c.error = c.error and c.error.replace(found['at'], str(path)) # it may have another name than when it was read
+    return c
 
 # %% ../nbs/08_checkpoint.ipynb #f93bb667
 def snapshot(

@@ -138,7 +138,7 @@ class Place:
     def _now(self): return (s := os.stat(self.folder)).st_dev,s.st_ino
 
     def check(self)->tuple:
-        "What the folder is known by; an `OSError` if it is gone or another one. A drive that is back may have a new number."
+        "What the folder is known by; an `OSError` if it is gone or another one. A drive that is back is known again."
         if (now := self._now())!=self.known:
             try: mine = json.loads((self.folder/'run.json').read_bytes())['segment']==self.segment
             except (OSError, ValueError, KeyError, TypeError): mine = False

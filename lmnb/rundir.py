@@ -281,6 +281,7 @@ def _acquire(self:RunDir)->BaseFileLock:
     (self/'.lock.soft').unlink(missing_ok=True)
     return self._take(soft)
 
+# %% ../nbs/09_rundir.ipynb #0097fbfc
 @patch
 def _take(self:RunDir, lock):
     try: lock.acquire()
