@@ -172,6 +172,10 @@ train(sys.argv[4:])
 """
 
 
+def hearing():
+    for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)
+
+
 def test_a_signal_among_the_imports(base, row, times, tmp_path):
     row('SIGINT, SIGTERM, SIGHUP while torch is imported', 'exit code 130, 143, 129, a line and no traceback, nothing written')
     (_, config, _), r = base, random.Random(0)
@@ -179,7 +183,7 @@ def test_a_signal_among_the_imports(base, row, times, tmp_path):
         name = ('SIGINT', 'SIGTERM', 'SIGHUP')[i % 3]
         begin = ('torch', r.randint(1, 200)) if i else ('torch', 1)
         p = subprocess.run([sys.executable, '-c', SCRIPT, name, *map(str, begin), *words(tmp_path/'run', config)], cwd=tmp_path,
-                           capture_output=True, text=True)
+                           capture_output=True, text=True, preexec_fn=hearing)  # a shell's & would have SIGINT ignored
         row.tried('sent' in p.stdout)
         assert p.returncode == CODES[getattr(signal, name)] and 'nothing was written' in p.stdout and p.stderr == '', (name, begin, p)
         assert list(tmp_path.iterdir()) == []
