@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import tarfile
@@ -58,7 +59,7 @@ def zipped(path, files, how=zipfile.ZIP_STORED):
 
 def saved(path, **keys):
     "A checkpoint with other keys."
-    torch.save(load_checkpoint(saved.good) | keys, path)
+    with open(path, 'wb') as f: torch.save(load_checkpoint(saved.good) | keys, f)  # a path would name the members
 
 
 def with_member(path, name, data): zipped(path, members(saved.good) | {name: data})
@@ -82,9 +83,48 @@ def legacy(path):
     torch.save(dict(x=Run()), path, _use_new_zipfile_serialization=False)
 
 
-def huge_tensor(path):
-    "A storage of a few bytes that says it is 64 TB."
-    with_pickle(path, lambda d: d.replace(b'K\x10', b'\x8a\x07'+(2**50).to_bytes(7, 'little'), 1))
+def with_value(opcodes):
+    "A checkpoint with a value whose pickle is made by hand."
+    def make(path):
+        saved(path, software=dict(x='HERE'))
+        files = members(path)
+        assert files['archive/data.pkl'].count(b'X\4\0\0\0HERE') == 1
+        files['archive/data.pkl'] = re.sub(rb'X\x04\x00\x00\x00HERE(q.|r....)', lambda _: opcodes, files['archive/data.pkl'], flags=re.S)
+        zipped(path, files)
+    return make
+
+
+def tensor_that_claims(numel, stride=1, offset=0):
+    "A tensor of four numbers that says it has others."
+    def number(n): return b'\x8a\x08'+struct.pack('<q', n)
+    def make(path):
+        saved(path, software=dict(x=torch.arange(4.)))
+        files = members(path)
+        claim = b'Q'+number(offset)+number(numel)+b'\x85'+number(stride)+b'\x85'
+        files['archive/data.pkl'], n = re.subn(rb'QK\x00K\x04\x85(q.|r....)K\x01\x85', lambda _: claim, files['archive/data.pkl'], flags=re.S)
+        assert n == 1
+        zipped(path, files)
+    return make
+
+
+def storage_that_claims(path):
+    saved(path, software=dict(x=torch.arange(4.)))
+    files = members(path)
+    files['archive/data.pkl'], n = re.subn(rb'K\x04t(q.|r....)QK\x00K\x04\x85', lambda m: b'J\0\0\0\x10'+m[0][2:], files['archive/data.pkl'], flags=re.S)
+    assert n == 1
+    zipped(path, files)
+
+
+def two_directories(path):
+    "Python's reader takes the directory before the end, torch's the one that the end names: in that one is a bomb."
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, 'w', zipfile.ZIP_DEFLATED) as z:
+        for name, data in members(saved.good).items(): z.writestr(name, bytes(2**28) if name.endswith('/0') else data)
+    inner = inner.getvalue()
+    zipped(path, members(saved.good))
+    data = path.read_bytes()
+    end = data.rindex(b'PK\5\6')
+    path.write_bytes(inner[:inner.rindex(b'PK\5\6')]+data[:end+16]+struct.pack('<LH', inner.index(b'PK\1\2'), 0))
 
 
 def lying_size(path, size=2**40):
@@ -150,7 +190,14 @@ PAYLOADS = {
     'an absolute name': lambda p: with_member(p, '/tmp/it-ran', b'x'),
     'a backslash': lambda p: with_member(p, 'archive\\..\\it-ran', b'x'),
     'two of one name': twice, 'a link as a member': symlink, 'compressed': bomb,
-    'huge declared size': lying_size, 'overlapping members': overlapping, 'a huge storage': huge_tensor,
+    'huge declared size': lying_size, 'overlapping members': overlapping, 'two directories': two_directories,
+    'a storage beyond its member': storage_that_claims, 'a tensor beyond its storage': tensor_that_claims(10**12),
+    'a tensor of stride 0': tensor_that_claims(10**12, 0), 'a negative stride': tensor_that_claims(4, -1), 'a far offset': tensor_that_claims(4, 1, 10**12),
+    'a tensor of no device': lambda p: saved(p, software=dict(x=torch.empty(10**9, device='meta'))),
+    'a sparse tensor': lambda p: saved(p, software=dict(x=torch.sparse_coo_tensor(size=(10**9, 10**9)))),
+    'a key of two million tuples': with_value(b'})'+b'\x85'*2_000_000+b'Ns'), 'two million tuples': with_value(b')'+b'\x85'*2_000_000),
+    'bytes of 2 GB': with_value(b'cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R'),
+    'runpy': with_value(b'crunpy\nrun_path\nX\x01\0\0\0x\x85R'), 'torch.hub': with_value(b'ctorch.hub\nload\nX\x01\0\0\0x\x85R'),
     'a pickle of 65 MB': lambda p: with_pickle(p, lambda d: b'\x80\x02'+b'N0'*(33*2**20)+d[2:]),
     'deep description': lambda p: with_member(p, MEMBER, b'['*10**6),
     'huge description': lambda p: with_member(p, MEMBER, b' '*(20*2**20)+b'{}'),
