@@ -115,7 +115,8 @@ def check_structure(
     root = names[0].split('/')[0] if names else ''
     if f'{root}/data.pkl' not in names: raise CheckpointError(f'{path} is no checkpoint: a zip without data.pkl')
     wrong = [n for n in names if not n.startswith(f'{root}/') or '..' in n or '\\' in n]
-    wrong += [m.filename for m in members if m.compress_type or m.file_size!=m.compress_size or m.flag_bits&1]
+    wrong += [m.filename for m in members if m.compress_type or m.file_size!=m.compress_size or m.flag_bits&1
+              or m.external_attr&16] # marked as a folder, which torch takes for read and leaves as memory happens to be
     if wrong or len(set(names))<len(names):
         raise CheckpointError(f'{path}: refused, torch.save names and stores no member so: {(wrong or names)[0]!r:.80}')
     if sum(m.file_size for m in members)>size:
@@ -142,12 +143,19 @@ def check_contents(f, path:Path):
     if bad: raise CheckpointError(f'{path} is damaged: the CRC of {bad} does not match')
 
 # %% ../nbs/08_checkpoint.ipynb #8f0999a3
-_TUPLES = 20_000 # in the pickle of one file; a tensor takes four
+_TUPLES,_OPCODES = 20_000,5*10**6 # in the pickle of one file; a tensor takes four of the first, thirty of the second
+_KNOWN = re.compile(r'collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|'
+                    r'torch (Size|device|\w+Storage|b?float\d+|u?int\d+|bool|complex\d+)|lmnb\.config ExperimentConfig')
 
-def _n_tuples(f):
-    "A tuple is hashed through all that lie in it, without a limit: a key of a million ends the process."
+def _foreign(f)->list:
+    "What the pickle of a checkpoint names beyond what is read; a `ValueError` if it makes more than a checkpoint has."
     with zipfile.ZipFile(f) as z: data = z.read(next(n for n in z.namelist() if n.endswith('/data.pkl')))
-    return sum(op.name.startswith('TUPLE') for op,*_ in pickletools.genops(data))
+    found,tuples = set(),0
+    for i,(op,arg,_) in enumerate(pickletools.genops(data)):
+        tuples += op.name.startswith('TUPLE')
+        if tuples>_TUPLES or i>_OPCODES: raise ValueError('nested too deeply, or too many values')
+        if op.name in ('GLOBAL', 'INST') and not _KNOWN.fullmatch(arg): found.add(arg.replace(' ', '.'))
+    return sorted(found)
 
 def load_checkpoint(
     path,       # of a checkpoint file
@@ -163,9 +171,7 @@ def load_checkpoint(
         check_contents(f, path)
         try:
             f.seek(0)
-            if _n_tuples(f)>_TUPLES: raise ValueError('nested too deeply')
-            f.seek(0)
-            unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
+            unsafe = _foreign(f)
             f.seek(0)
             state = None if unsafe else torch.load(f, map_location='cpu', weights_only=True)
         except Exception as e: # whatever a broken or hostile pickle brings up in the reader
@@ -186,7 +192,7 @@ def _checked(state, path, note, size):
     if type(v := state.get('format_version', FORMAT)) is not int or v!=FORMAT:
         raise CheckpointError(f'{path} has format_version {v!r:.20}, this lmnb reads {FORMAT}: upgrade lmnb')
     if missing := [k for k in NINE if k not in state]: raise CheckpointError(f'{path} lacks {", ".join(missing)}')
-    _refuse_endless(state, path)
+    _refuse_endless(state, path, size)
     for k,x in [(k, state.get(k)) for k in _KEYS if k in NINE or state.get(k) is not None]:
         if type(x) is bool or not isinstance(x, _KEYS[k]): raise CheckpointError(f'{path}: {k} is a {type(x).__name__}')
     try: c,dropped = config_from(state['config'])
@@ -203,16 +209,15 @@ def _checked(state, path, note, size):
 # %% ../nbs/08_checkpoint.ipynb #113fd4a1
 _DEPTH,_MANY = 20,10**6 # how deep a checkpoint's dicts and lists lie in each other, and how many values they hold
 
-def _refuse_endless(x, path):
+def _refuse_endless(x, path, size):
     "Refuse a state that lies in itself, that nobody could walk through, or with a number beyond any step or loss."
     import torch
     todo,n = [(x, 0)],0
     while todo:
         v,depth = todo.pop()
         n += 1
-        if isinstance(v, torch.Tensor):
-            if v.layout!=torch.strided or v.is_meta or v.nbytes>v.untyped_storage().nbytes():
-                raise CheckpointError(f'{path}: refused, a tensor of more numbers than it holds, {(*v.shape,)}')
+        if isinstance(v, torch.Tensor) and not v.nbytes<=v.untyped_storage().nbytes()<=size:
+            raise CheckpointError(f'{path}: refused, a tensor in it has more numbers than the file: {(*v.shape,)}')
         if depth>_DEPTH or n>_MANY: raise CheckpointError(f'{path}: refused, nested too deeply or without an end')
         if type(v) is int and abs(v)>=2**63: raise CheckpointError(f'{path}: refused, a number in it has over 63 bits')
         if isinstance(v, dict): todo += [(y, depth+1) for y in v.values()]

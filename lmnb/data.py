@@ -37,7 +37,7 @@ def find_files(
     if source=='stdlib': return stdlib_files(),None
     path,(name,_,column) = Path(source).expanduser(),source.rpartition(':')
     if path.is_dir(): found = [(p.relative_to(path), p) for p in path.rglob('*')]
-    elif path.exists(): return [(path.name, path)],None
+    elif path.is_file(): return [(path.name, path)],None
     elif set(source)&set('*?['): # named from the last folder before the first wildcard
         root = Path(*itertools.takewhile(lambda part: not set(part)&set('*?['), path.parts))
         found = [(p.relative_to(root), p) for p in map(Path, glob.glob(str(path), recursive=True))]
@@ -355,7 +355,7 @@ def _given_tokenizer(config, saved):
     "The JSON text of the saved or named tokenizer, checked; None if one is to be trained."
     text = saved.get('tokenizer')
     if config.tokenizer:
-        named = Path(config.tokenizer).expanduser().read_text(encoding='utf-8')
+        named = _text_of(Path(config.tokenizer).expanduser())
         text = text or named
         its,ours = (hashlib.sha256(as_tokenizer(t).to_str().encode()).hexdigest() for t in (named, text))
         if its!=ours:
@@ -364,6 +364,11 @@ def _given_tokenizer(config, saved):
     if text is not None and (n := max(as_tokenizer(text).get_vocab().values(), default=0)+1)>config.vocab_size:
         raise ValueError(f'the tokenizer has {n} ids, vocab_size={config.vocab_size}; set vocab_size={n} or more')
     return text
+
+def _text_of(path):
+    if path.exists() and not path.is_file(): raise ValueError(f'{path} is a folder, pipe or device, no tokenizer.json')
+    try: return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError: raise ValueError(f'{path} is no tokenizer.json: it is not UTF-8') from None
 
 def _same_contents(contents, where, known):
     "Refuse other contents than the checkpoint's."

@@ -70,6 +70,22 @@ def test_flips_in_a_checkpoint(row, times, whole, tmp_path):
     assert found['data.pkl'] == found['tensor'] == found['lmnb.json'] == n, found
 
 
+def test_every_bit_of_an_entry(row, whole, tmp_path):
+    "The directory's entry of the largest tensor: one of its bits makes torch take the member for a folder, and read nothing into the tensor."
+    row('flipped bits in a checkpoint', HELD)
+    damaged.state, told, data = load_checkpoint(whole), describe(whole), whole.read_bytes()
+    with zipfile.ZipFile(whole) as z: members, start = z.infolist(), z.start_dir
+    for m in members[:-1]:
+        end = data.index(b'PK\1\2', start+4)
+        if m is max(members, key=lambda m: m.file_size): break
+        start = end
+    for bit in range(8*start, 8*end):
+        row.tried()
+        bad = bytearray(data)
+        bad[bit//8] ^= 1 << bit % 8
+        damaged(tmp_path/'flipped.pt', bad, told)
+
+
 def test_a_cut_off_checkpoint(row, times, whole, tmp_path):
     row('truncated checkpoints', HELD)
     damaged.state, told, data = load_checkpoint(whole), describe(whole), whole.read_bytes()
