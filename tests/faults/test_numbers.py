@@ -41,17 +41,18 @@ def test_a_slow_writer_writes_its_own_step(row, config, tmp_path, monkeypatch, o
     row.tried()
     config = changed(config, optimizer=optimizer, amp=amp)
     Trainer(config, tmp_path/'straight', quiet=True).fit()
-    go, begun = threading.Event(), []
+    go, begun, started = threading.Event(), [], threading.Event()
     write = lmnb.checkpoint.write_checkpoint
     def held(state, folder, names):
         begun.append(state['global_step'])
+        started.set()
         if state['global_step'] == 10: assert go.wait(60)
         return write(state, folder, names)
     monkeypatch.setattr(lmnb.checkpoint, 'write_checkpoint', held)
     t = Trainer(config, tmp_path/'late', quiet=True)
     def step(own, k, lr):
         record = own(k, lr)
-        if k == 10+late: assert begun == [10] and not go.is_set(); go.set()
+        if k == 10+late: assert started.wait(60) and begun == [10] and not go.is_set(); go.set()
         return record
     wrapped(t.engine, 'train_step', step)
     t.fit()
