@@ -117,6 +117,14 @@ def trouble(request, monkeypatch):
     return folder, lambda t: (t.events._let_go(), begin()), end
 
 
+def known_then(t, begin, names):
+    "Let trouble begin once nothing is being written; the files that were there, and their bytes."
+    t.writer.wait()
+    known = {p: p.read_bytes() for p in t.run.path.glob(names)}
+    begin(t)
+    return known
+
+
 @pytest.mark.parametrize('first', [3, 4, 10, 21])
 @pytest.mark.parametrize('trouble', ['full', 'read-only'], indirect=True)
 def test_a_disk_that_comes_back(row, trouble, config, straight, first):
@@ -124,11 +132,8 @@ def test_a_disk_that_comes_back(row, trouble, config, straight, first):
     row.tried()
     (disk, begin, end), known = trouble, {}
     run = disk/'run'
-    def break_():
-        t.writer.wait()
-        known.update({p: p.read_bytes() for p in run.glob('checkpoint_step_*.pt')})
-        begin(t)
-    t = at(Trainer(config, run, quiet=True), {first: break_, 23: end})
+    t = Trainer(config, run, quiet=True)
+    at(t, {first: lambda: known.update(known_then(t, begin, 'checkpoint_step_*.pt')), 23: end})
     assert ended(t) is None
     all_is_well(run, straight, known)
     each_step_once(run)
@@ -141,11 +146,8 @@ def test_a_disk_that_does_not(row, trouble, config, straight):
     row.tried()
     (disk, begin, end), known = trouble, {}
     run = disk/'run'
-    def break_():
-        t.writer.wait()
-        known.update({p: p.read_bytes() for p in run.glob('*.pt')})
-        begin(t)
-    t = at(Trainer(config, run, quiet=True), {10: break_})
+    t = Trainer(config, run, quiet=True)
+    at(t, {10: lambda: known.update(known_then(t, begin, '*.pt'))})
     told = ended(t)
     assert 'not stored in' in told and 'final_model.pt' in told and 'events' in told and 'older files stand' in told
     assert t.step == 24 and len(known) == 3 and all(p.read_bytes() == d for p, d in known.items())
