@@ -1,5 +1,5 @@
 "Train small language models in a notebook: stop anywhere, resume exactly, extend for free."
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import importlib
 

@@ -30,7 +30,7 @@ class ExperimentConfig:
     bin_dtype:str = 'uint16'    # type of the ids in a train.bin folder: uint16 or uint32
 
     optimizer:str = 'muon'      # muon (AdamW for embedding and norms) or adamw
-    lr:float = 4e-3             # peak learning rate
+    lr:float = 3e-3             # peak learning rate
     weight_decay:float = 0.1    # on matrices only
     betas:tuple = (0.8, 0.99)   # AdamW's averaging of gradients and of their squares
     grad_clip:float = 0.5       # largest norm of the whole gradient; 0: not clipped
@@ -38,7 +38,7 @@ class ExperimentConfig:
     micro_batch_size:int = 0    # sequences per backward pass, to save memory; 0: batch_size
 
     schedule:str = 'wsd'        # wsd (warm-up, constant, cooldown) or cosine
-    warmup_steps:int = 20       # steps from 0 to lr
+    warmup_steps:int = 10       # steps from 0 to lr
     max_steps:int = 2000        # updates in the whole run
     cooldown_frac:float = 0.2   # wsd: share of the run, at its end, in which lr falls
     min_lr_frac:float = 0.0     # share of lr that the fall ends at

@@ -382,7 +382,7 @@ def _same_contents(contents, where, known):
 def _held_out(ids, fraction):
     "The ids to train on, and the last ones."
     n = len(ids)-int(len(ids)*fraction)
-    return ids.part(0, n),ids.part(n, len(ids))
+    return (ids.part(0, n),ids.part(n, len(ids))) if isinstance(ids, Tokens) else (ids[:n],ids[n:])
 
 # %% ../nbs/01_data.ipynb #7aa57363
 def _text_ids(config, where, tokenizer, known, root, note):

@@ -46,6 +46,7 @@ def _event(line):
 def read_events(
     path:Path,    # of a `metrics.jsonl`
     start:int=0,  # byte to begin at: the end of what was read before
+    steps=None,   # a set: only lines of these steps are looked at; None: all
 )->tuple: # list of events, byte after the last whole line, number of lines skipped
     "Read what has been added since `start`; a last line without its end waits for the next call."
     if not Path(path).exists(): return [],start,0
@@ -53,7 +54,9 @@ def read_events(
         f.seek(start)
         data = f.read()
     whole = data[:data.rfind(b'\n')+1]
-    events = [_event(l) for l in whole.split(b'\n') if l.strip()]
+    lines = [l for l in whole.split(b'\n') if l.strip()]
+    if steps is not None: lines = [l for l in lines if (m := re.search(rb'"step": ?(\d+)', l)) and int(m[1]) in steps]
+    events = [_event(l) for l in lines]
     good = [e for e in events if e]
     return good,start+len(whole),len(events)-len(good)
 
@@ -296,7 +299,8 @@ def backfill(
 ):
     "Write the records of a checkpoint that the event file lacks."
     def owner(step): return ([s for s in lineage if s['from_step']<step] or lineage[:1])[-1]['id']
-    there = follow(read_events(Path(run_dir)/'metrics.jsonl')[0], lineage=lineage)
+    steps = {r['step'] for rs in records.values() for r in rs} # of a long run a few of very many
+    there = follow(read_events(Path(run_dir)/'metrics.jsonl', steps=steps)[0], lineage=lineage)
     have = {kind:set(getattr(there, kind)['step']) for kind in records}
     lacking = [(kind, r) for kind,rs in records.items() for r in rs if r['step'] not in have[kind]]
     events = Events(run_dir, lineage[-1]['run_id'], lineage[-1]['id']) # nobody listens: these are no news

@@ -16,7 +16,7 @@ from fastcore.basics import GetAttr, patch
 
 from .checkpoint import FORMAT, CheckpointError, Writer, describe, load_checkpoint
 from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, override, preset
-from .engine import Band, Engine, on_threads
+from .engine import Band, Engine, on_threads, return_memory
 from .history import Console, Events, backfill, in_notebook, keep_record, out_of_memory, plain, program, say
 from .rundir import (AUTO, BEGAN, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
@@ -193,7 +193,7 @@ def fit(self:Trainer,
         try: self._loop(); failed = False
         except TrainingFailed: raise
         except Exception as e: raise TrainingFailed(plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}') from e
-        finally: self._finish(failed)
+        finally: self._finish(failed); return_memory()
     self._farewell()
     self.stop.clear() # the next `fit` is a new wish
     return self

@@ -174,8 +174,8 @@ def test_a_second_fit_does_not_count_the_pause(tmp_path):
 
 
 @pytest.mark.parametrize('words, step, to, said', [
-    (['schedule=cosine', 'max_steps=200'], 200, 400, 'up from'), (['max_steps=300'], 240, 600, 'LR 0.004, down from 480'),
-    (['max_steps=300'], 300, 600, 'up from 6.6e-5 to 0.004 by 310, down from 480'), (['max_steps=300'], 240, 250, 'down from 0.004 at once')])
+    (['schedule=cosine', 'max_steps=200'], 200, 400, 'up from'), (['max_steps=300'], 240, 600, 'LR 0.003, down from 480'),
+    (['max_steps=300'], 300, 600, 'up from 4.9e-5 to 0.003 by 310, down from 480'), (['max_steps=300'], 240, 250, 'down from 0.003 at once')])
 def test_the_preview_is_the_plan(tmp_path, words, step, to, said):
     from types import SimpleNamespace
 

@@ -79,6 +79,9 @@ def test_bin_folder(tmp_path, config):
     with pytest.raises(ValueError, match='no tokenizer; add --tokenizer'): load_corpus(preset('small', **here))
     corpus = load_corpus(preset('small', **here, tokenizer=str(tmp_path/'tok.json')))
     assert len(corpus.train) == 900 and len(corpus.val) == 100
+    (tmp_path/'bin'/'val.bin').unlink()
+    corpus = load_corpus(preset('small', **here, val_fraction=.1, tokenizer=str(tmp_path/'tok.json')))
+    assert len(corpus.train) == 810 and len(corpus.val) == 90
     np.full(900, 65535, np.uint16).tofile(tmp_path/'bin'/'train.bin')
     with pytest.raises(ValueError, match='id 65535, beyond vocab_size=400'): load_corpus(preset('small', **here, tokenizer=str(tmp_path/'tok.json')))
 
