@@ -1,13 +1,10 @@
-"""Figures of the first release, each side by side with what it is compared to, in turn, in one run:
+"""Figures of the first release, each side by side with what it is compared to, in turn; a part of speed.py:
 
     python bench/basics.py            prints a Markdown table; about twelve minutes on two quiet cores
 
 start-up (--help; spawn to first finished step), the loop against a plain one, memory while a large corpus is encoded.
 """
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -115,11 +112,6 @@ def row(what, ours, theirs, unit, digits=2):
 
 
 def main(rounds=5):
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    cpu = re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1] if Path('/proc/cpuinfo').exists() else platform.processor()
-    import torch
-    print(f'Commit {commit}, {time.strftime("%d %B %Y")}, {cpu}, {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), '
-          f'torch {torch.__version__}, Python {platform.python_version()}; medians (least–most) of {rounds} rounds in turn.\n')
     print('| what | lmnb | compared to | ratio |\n|---|---|---|---|')
     with tempfile.TemporaryDirectory() as d:
         bare = [seconds(sys.executable, '-c', 'import torch') for _ in range(rounds+1)][1:]

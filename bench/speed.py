@@ -3,7 +3,7 @@
     python bench/speed.py NANOGPT [FOLDER] [PART ...]     a checkout of nanoGPT; two hours on two quiet cores
 
 FOLDER (a temporary one if not given) keeps the peers' environment, the data and every training, so that a second call
-goes on where the first was stopped. Parts: loss, long, steps, start, memory, far, encode; all of them by default.
+goes on where the first was stopped. Parts: steps, share, memory, start, encode, far, basics, loss, long; all of them by default.
 
 Every program trains on the same ids and is judged on the same 64 windows. A peer has its own script or its own `fit`,
 with its own best documented flags; what is not even is said above each table.
@@ -271,6 +271,43 @@ def steps(kept, checkout, folder, rounds=3):
     print(flush=True)
 
 
+SHARE = '''
+import json, sys, tempfile, time
+from lmnb.config import preset
+from lmnb.engine import Engine
+from lmnb.trainer import Trainer
+name, n = sys.argv[1], int(sys.argv[2])
+inside, ends = [], []
+def timed(f):
+    def g(*a):
+        t0 = time.perf_counter(); r = f(*a); inside.append(time.perf_counter()-t0); return r
+    return g
+Engine._gradients, Engine._update = timed(Engine._gradients), timed(Engine._update)
+step = Engine.train_step
+def whole(self, k, lr): ends.append(time.perf_counter()); return step(self, k, lr)
+Engine.train_step = whole
+with tempfile.TemporaryDirectory() as d:
+    Trainer(preset(name, max_steps=n, cooldown_frac=0., save_interval=10**6, eval_interval=10**6, save_minutes=0.), d, quiet=True).fit()
+k = n//5                                                # steps to get warm
+print(); print(json.dumps(1-sum(inside[2*k:2*(n-1)])/(ends[n-1]-ends[k])))
+'''
+
+
+def share(kept, checkout, folder, rounds=3):
+    print('\n## Share of a step outside forward, backward, clipping and update\n\nIn `Trainer.fit`, from one step\'s beginning to the next\'s: batches, events, display, looking for a wish to stop.\n')
+    print('| shape | share |\n|---|---|')
+    for name, n in (('small', 200), ('medium', 30)):
+        found = [kept(f'share {r} {name}', lambda: child(sys.executable, SHARE, name, n)) for r in range(rounds)]
+        print(f'| {name} | {spread(found, ".2%")} |', flush=True)
+
+
+def basics(kept, checkout, folder):
+    sys.path.insert(0, str(HERE))
+    import basics
+    print('\n## Beside `import torch` and a plain loop\n')
+    basics.main(3)
+
+
 # Around the loop
 
 def until(command, path, seen, cwd=None):
@@ -402,7 +439,7 @@ def encode(kept, checkout, folder, rounds=3, megabytes=30):
     print(f'| what | seconds | speed of `tokenizers` alone |\n|---|---|---|\n| `tokenizers` | {spread(a)} | 1 |\n| lmnb | {spread(b)} | {spread([x/y for x, y in zip(a, b)])} |', flush=True)
 
 
-PARTS = dict(steps=steps, memory=memory, start=starts, encode=encode, far=far, loss=losses, long=long)
+PARTS = dict(steps=steps, share=share, memory=memory, start=starts, encode=encode, far=far, basics=basics, loss=losses, long=long)
 
 
 def main(checkout, folder=None, *parts):
