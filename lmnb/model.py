@@ -110,17 +110,35 @@ class Block(nn.Module):
         return x+self.drop(self.mlp(self.norm2(x)))
 
 # %% ../nbs/02_model.ipynb #c14fc903
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, targets, rows=256):
+        gx,gw,total = torch.empty_like(x),torch.zeros_like(w),x.new_zeros(())
+        for xs,ys,gs in zip(x.split(rows), targets.unsqueeze(-1).split(rows), gx.split(rows)):
+            p = (xs@w.T).log_softmax(-1)
+            total -= p.gather(1, ys).sum()
+            p.exp_().scatter_add_(1, ys, p.new_full(ys.shape, -1.)) # the gradient of these rows' logits
+            torch.mm(p, w, out=gs)
+            gw.addmm_(p.T, xs)
+        ctx.save_for_backward(gx, gw)
+        return total/len(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        gx,gw = ctx.saved_tensors
+        return gx*(g/len(gx)),gw*(g/len(gx)),None
+
 def mean_loss(
     x:Tensor,       # the stream after the last norm, (N, C)
     w:Tensor,       # the embedding, (V, C)
     targets:Tensor, # (N,) int64
 )->Tensor: # float32 scalar
-    "Cross-entropy of the logits x·wᵀ, in torch's form that never holds all of them where there is one."
-    pieces = getattr(nn, 'LinearCrossEntropyOptions', None) # torch 2.13; it knows no autocast and breaks a graph
-    if pieces and x.device.type=='cpu' and not (torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()):
-        options = pieces(batch_chunk_size=256, chunking_method=None)
-        return F.linear_cross_entropy(x, w, targets, options=options)
-    return F.cross_entropy(F.linear(x, w).float(), targets)
+    "Cross-entropy of the logits x·wᵀ."
+    if x.device.type!='cpu' or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling():
+        return F.cross_entropy(F.linear(x, w).float(), targets)
+    if torch.is_grad_enabled(): return _Loss.apply(x, w, targets)
+    parts = zip(x.split(256), targets.split(256))
+    return sum(F.cross_entropy(xs@w.T, ys, reduction='sum') for xs,ys in parts)/len(x)
 
 # %% ../nbs/02_model.ipynb #9994d596
 class GPT(nn.Module):
@@ -180,7 +198,7 @@ def memory_needed(
     layer = 4*(3*c.n_embd+kv) + half*(4*c.n_embd+2*kv+3*c.n_ff)             # norms; what products and attention keep
     rows = min(256, tokens) if device_type=='cpu' and half==4 else tokens   # of logits at a time, see `mean_loss`
     logits = rows*c.vocab_size*(8 if half==4 else 12) + 4*embed
-    return int(8e7 + 1.3*(state + tokens*(c.n_layer*layer+12*c.n_ff) + logits))
+    return int(5e7 + 1.2*(state + tokens*(c.n_layer*layer+12*c.n_ff) + logits))
 
 # %% ../nbs/02_model.ipynb #b1bf7826
 def new_cache(model:GPT, batch_size:int)->list:

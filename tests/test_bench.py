@@ -32,7 +32,7 @@ def test_the_estimate_of_memory(tmp_path, text, shape):
     c = preset(**shape, data=str(text), max_steps=8, save_interval=2, eval_interval=100, eval_batches=1, device='cpu', **{} if 'amp' in shape else {'amp': 'off'})
     p = subprocess.run([sys.executable, '-c', TRAIN, json.dumps(vars(c)), tmp_path/'run'], capture_output=True, text=True)
     took, said = json.loads(p.stdout.splitlines()[-1]), memory_needed(c)
-    assert .75 < took/said < 1.3, f'took {took/2**20:.0f} MiB, said {said/2**20:.0f}'
+    assert abs(took-said) < max(.3*said, 1.2e8), f'took {took/2**20:.0f} MiB, said {said/2**20:.0f}'
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='the compiler needs another')
