@@ -55,7 +55,9 @@ def read_events(
         data = f.read()
     whole = data[:data.rfind(b'\n')+1]
     lines = [l for l in whole.split(b'\n') if l.strip()]
-    if steps is not None: lines = [l for l in lines if (m := re.search(rb'"step": ?(\d+)', l)) and int(m[1]) in steps]
+    if steps is not None:
+        wanted = {str(s).encode() for s in steps} # as text: a stranger's line may hold a number of any length
+        lines = [l for l in lines if (m := re.search(rb'"step": ?(\d+)', l)) and m[1] in wanted]
     events = [_event(l) for l in lines]
     good = [e for e in events if e]
     return good,start+len(whole),len(events)-len(good)

@@ -197,7 +197,7 @@ def memory_needed(
     tokens = c.micro_batch*c.block_size
     layer = 4*(3*c.n_embd+kv) + half*(4*c.n_embd+2*kv+3*c.n_ff)             # norms; what products and attention keep
     rows = min(256, tokens) if device_type=='cpu' and half==4 else tokens   # of logits at a time, see `mean_loss`
-    logits = rows*c.vocab_size*(8 if half==4 else 12) + 4*embed
+    logits = rows*c.vocab_size*(8 if half==4 else 16) + 4*embed
     return int(5e7 + 1.2*(state + tokens*(c.n_layer*layer+12*c.n_ff) + logits))
 
 # %% ../nbs/02_model.ipynb #b1bf7826
