@@ -25,7 +25,7 @@ def make(folder, step, data):
     "A run of `small` in `folder` whose only checkpoint is that of `step`."
     config = preset('small', data=str(data), tokenizer=str(data/'tokenizer.json'), max_steps=2*step, save_minutes=0., eval_batches=1)
     t = Trainer(config, folder, quiet=True)
-    t.step, t.segment_began = step, False
+    t.step = step
     segment, lines, now = t.lineage[-1], [], time.time()
     for k in range(10, step+1, 10):
         record = dict(step=k, loss=5., lr=4e-3, grad_norm=.5)

@@ -61,7 +61,7 @@ class Kept:
 
 # The same ids for all
 
-def prepare(checkout, folder):
+def prepare(checkout):
     "nanoGPT's data folder, with lmnb's ids of the built-in text."
     from lmnb.config import preset
     from lmnb.data import load_corpus
@@ -99,16 +99,21 @@ print(json.dumps(total/n))
 '''
 
 
-def nanogpt(checkout, folder, name, rate, steps, seed, every=None):
+def ng_flags(name, **more):
+    "What nanoGPT is told in every part."
+    told = dict(SHAPES[name], dataset='lmnb_bench', device='cpu', compile=False, eval_iters=1, block_size=256, gradient_accumulation_steps=1, **more)
+    return [f'--{k}={v}' for k, v in told.items()]
+
+
+def nanogpt(checkout, folder, name, rate, steps, seed):
     "Seconds of its steps and the validation loss, by nanoGPT's own script; only its seed is written into a copy."
     script, out = checkout/f'train_seed{seed}.py', folder/f'ng-{name}-{rate}-{steps}-{seed}'
     source = (checkout/'train.py').read_text()
     assert 'torch.manual_seed(1337 + seed_offset)' in source
     script.write_text(source.replace('torch.manual_seed(1337 + seed_offset)', f'torch.manual_seed({seed})'))
-    flags = dict(SHAPES[name], dataset='lmnb_bench', device='cpu', compile=False, eval_iters=1, eval_interval=steps, block_size=256,
-                 gradient_accumulation_steps=1, max_iters=steps, lr_decay_iters=steps, learning_rate=rate, min_lr=float(rate)/10,
-                 warmup_iters=100, beta2=.99, out_dir=out)
-    said = run(sys.executable, script.name, *(f'--{k}={v}' for k, v in flags.items()), cwd=checkout)
+    flags = ng_flags(name, eval_interval=steps, max_iters=steps, lr_decay_iters=steps, learning_rate=rate, min_lr=float(rate)/10,
+                     warmup_iters=100, beta2=.99, out_dir=out)
+    said = run(sys.executable, script.name, *flags, cwd=checkout)
     dts = {int(i): float(t)/1e3 for i, t in re.findall(r'iter (\d+): loss [\d.]+, time ([\d.]+)ms', said)}
     took = [dts[i] for i in range(1, steps)]            # iteration 0 holds its evaluation; the last one as well
     return dict(seconds=sum(took)*steps/len(took), loss=child(sys.executable, JUDGE, checkout, out/'ckpt.pt'))
@@ -121,7 +126,8 @@ def lmnb(folder, name, steps, seed, *sets, every=10**6):
         '--checkpoint-dir', out, '--set', 'save_minutes=0', 'log_interval=1', *sets)
     events = [json.loads(line) for line in (out/'metrics.jsonl').read_text().splitlines()]
     train = {e['step']: e for e in events if e['kind'] == 'train'}
-    took = [e['dt_ms']/1e3*(k-(max((j for j in train if j < k), default=0))) for k, e in sorted(train.items())]
+    ends = [0, *sorted(train)]                          # an event's rate is the mean of the steps since the one before
+    took = [train[k]['dt_ms']/1e3*(k-j) for j, k in zip(ends, ends[1:])]
     val = {e['step']: e['loss'] for e in events if e['kind'] == 'val'}
     return dict(seconds=sum(took), loss=val[steps], curve=val)
 
@@ -334,16 +340,14 @@ def until(command, path, seen, cwd=None):
 def starts(kept, checkout, folder, rounds=5):
     def once(r):
         with tempfile.TemporaryDirectory() as d:
-            d, ng = Path(d), [sys.executable, 'train.py']
-            flags = dict(SHAPES['small'], dataset='lmnb_bench', device='cpu', compile=False, eval_iters=1, eval_interval=20, block_size=256,
-                         gradient_accumulation_steps=1, max_iters=40, out_dir=d/'ng')
-            run(*ng, *(f'--{k}={v}' for k, v in dict(flags, max_iters=20).items()), cwd=checkout)
+            d = Path(d)
+            def ng(**more): return [sys.executable, 'train.py', *ng_flags('small', out_dir=d/'ng', **more)]
+            run(*ng(eval_interval=20, max_iters=20), cwd=checkout)
             run(*LMNB, '--quiet', '--config', 'small', '--max-steps', 20, '--checkpoint-dir', d/'old', '--set', 'eval_batches=1')
-            size = len((d/'old/metrics.jsonl').read_bytes())
             first = until([*LMNB, '--config', 'small', '--checkpoint-dir', d/'new'], d/'new/metrics.jsonl', b'"kind":"train"')
-            theirs = until([*ng, *(f'--{k}={v}' for k, v in flags.items()), '--eval_interval=1000000'], None, b'iter 0:', checkout)
+            theirs = until(ng(eval_interval=10**6, max_iters=40), None, b'iter 0:', checkout)
             again = until([*LMNB, '--resume', 'latest', '--extend-steps', 2000, '--checkpoint-dir', d/'old'], d/'old/metrics.jsonl', b'"step":21,')
-            theirs2 = until([*ng, *(f'--{k}={v}' for k, v in dict(flags, init_from='resume').items()), '--eval_interval=1000000'], None, b'iter 20:', checkout)
+            theirs2 = until(ng(eval_interval=10**6, max_iters=40, init_from='resume'), None, b'iter 20:', checkout)
             return first, theirs, again, theirs2
     found = [kept(f'start {r}', lambda: once(r)) for r in range(rounds+1)][1:]
     a, b, c, d = zip(*found)
@@ -370,12 +374,11 @@ def memory(kept, checkout, folder, rounds=3):
     print('| program | MiB | of nanoGPT |\n|---|---|---|')
     found = {}
     for r in range(rounds):
-        flags = dict(SHAPES['medium'], dataset='lmnb_bench', device='cpu', compile=False, eval_iters=1, eval_interval=5, block_size=256, always_save_checkpoint=True,
-                     gradient_accumulation_steps=1, max_iters=20, out_dir=folder/'ng-memory')
+        flags = ng_flags('medium', eval_interval=5, always_save_checkpoint=True, max_iters=20, out_dir=folder/'ng-memory')
         with tempfile.TemporaryDirectory() as d:
             def ours(o): return last(run(sys.executable, '-c', PEAK, 'lmnb', '--quiet', '--config', 'medium', '--max-steps', 20, '--save-interval', 5, '--eval-interval', 5,
                                          '--checkpoint-dir', f'{d}/{o}', '--set', f'optimizer={o}', 'eval_batches=1'))
-            def theirs(): return last(run(sys.executable, '-c', PEAK, 'nanoGPT', *(f'--{k}={v}' for k, v in flags.items()), cwd=checkout))
+            def theirs(): return last(run(sys.executable, '-c', PEAK, 'nanoGPT', *flags, cwd=checkout))
             for name, make in (('lmnb, muon', lambda: ours('muon')), ('lmnb, adamw', lambda: ours('adamw')), ('nanoGPT', theirs)):
                 found.setdefault(name, []).append(kept(f'memory {r} {name}', make))
     for name, xs in found.items(): print(f'| {name} | {spread(xs, ".0f")} | {spread([x/y for x, y in zip(xs, found["nanoGPT"])])} |', flush=True)
@@ -402,7 +405,7 @@ def far(kept, checkout, folder, rounds=3):
     for n in (1_000, 1_000_000):
         if not (folder/f'far{n}').exists(): far_run.make(folder/f'far{n}', n, data)
     for r in range(rounds+1):
-        for i, n in enumerate((1_000, 1_000_000)):
+        for n in (1_000, 1_000_000):
             found.setdefault(n, []).append(kept(f'far {r} {n}', lambda: child(sys.executable, FAR, folder/f'far{n}', n+r)))
     a, b = ([t for t in found[n][1:]] for n in found)
     print('\n## A resume far out\n\nThe import of torch is outside; one more step, and the save of it, inside. Most of both is the fingerprint: 10 GB are read whole to say '
@@ -420,8 +423,8 @@ text = Path(tokenizer).read_text()
 files, _ = find_files(source)
 t0 = time.perf_counter()
 if mode == 'alone':
-    tok, n = as_tokenizer(text), 0
-    for path in [p for _, p in files]: n += sum(len(e.ids) for e in tok.encode_batch_fast([p for p in documents(files) if p], add_special_tokens=False))
+    pieces = [p for p in documents(files) if p]
+    n = sum(len(e.ids) for e in as_tokenizer(text).encode_batch_fast(pieces, add_special_tokens=False))
 else: n = len(token_file(Path(cache), 'x', text, lambda: documents(files)))
 print(); print(json.dumps([n, time.perf_counter()-t0]))
 '''
@@ -453,7 +456,7 @@ def main(checkout, folder=None, *parts):
     folder.mkdir(parents=True, exist_ok=True)
     commit = run('git', 'rev-parse', '--short', 'HEAD', cwd=HERE).strip()
     theirs = run(peers(folder), '-c', 'import lightning, transformers; print("transformers", transformers.__version__ + ", Lightning", lightning.__version__)').strip()
-    ids, held_out = prepare(checkout, folder)
+    ids, held_out = prepare(checkout)
     print(f'Commit {commit}, {time.strftime("%d %B %Y")}, {device_name("cpu")}, {os.cpu_count()} cores; bf16 products {bf16_gain(384):.2f} times as fast as fp32 '
           f'(instructions: {"yes" if has_bf16("cpu") else "no"}); torch {torch.__version__}, Python {platform.python_version()}, {theirs}; '
           f'{ids:,} ids to train on. Medians (least–most).', flush=True)

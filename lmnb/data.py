@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SOFT', 'EOT', 'BLOCK', 'stdlib_files', 'find_files', 'read_blocks', 'cut', 'documents', 'fingerprint',
-           'train_tokenizer', 'as_tokenizer', 'eot_id', 'checksums', 'Tokens', 'keep_tokenizer', 'kept_tokenizer',
-           'cache_dir', 'cache_key', 'open_tokens', 'encode', 'token_file', 'Corpus', 'load_corpus', 'permuted',
-           'n_windows', 'get_batch', 'epochs_done', 'val_batches']
+           'train_tokenizer', 'as_tokenizer', 'eot_id', 'checksums', 'Tokens', 'write_whole', 'keep_tokenizer',
+           'kept_tokenizer', 'cache_dir', 'cache_key', 'open_tokens', 'encode', 'token_file', 'Corpus', 'load_corpus',
+           'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
 import codecs, csv, glob, gzip, hashlib, io, itertools, json, os, shutil, sys, sysconfig, tempfile, threading, zlib
@@ -225,13 +225,17 @@ class Tokens:
                          'resume again: the file is made anew from the text, which must be there for it')
 
 # %% ../nbs/01_data.ipynb #a84bf498
-def keep_tokenizer(path:Path, text:str)->str:
-    "Write a tokenizer's JSON text with its checksum, whole or not at all; the text."
+def write_whole(path:Path, text:str):
+    "Write a text file, whole or not at all."
     part = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
     try:
-        part.write_text(json.dumps([zlib.crc32(text.encode()), text]), encoding='utf-8')
+        part.write_text(text, encoding='utf-8')
         os.replace(part, path)
     finally: part.unlink(missing_ok=True) # a full disk leaves a part of it
+
+def keep_tokenizer(path:Path, text:str)->str:
+    "Write a tokenizer's JSON text with its checksum, whole or not at all; the text."
+    write_whole(path, json.dumps([zlib.crc32(text.encode()), text]))
     return text
 
 def kept_tokenizer(path:Path)->str|None:

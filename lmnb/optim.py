@@ -128,14 +128,14 @@ def make_optimizers(model:nn.Module, config:ExperimentConfig)->list: # each para
     main = dict(lr_scale=1., weight_decay=config.weight_decay)
     if config.optimizer=='muon':
         blocked = groupby(matrices, lambda n: grid(n, config)).items()
-        muon = Muon([dict(main, params=[matrices[n] for n in ns], grid=g) for g,ns in blocked], lr=config.lr,
-                    dtype=torch.bfloat16 if config.amp=='bf16' else torch.float32)
-    else: rest.insert(0, dict(main, params=list(matrices.values())))
+        opts = [Muon([dict(main, params=[matrices[n] for n in ns], grid=g) for g,ns in blocked], lr=config.lr,
+                     dtype=torch.bfloat16 if config.amp=='bf16' else torch.float32)]
+    else: opts,rest = [],[dict(main, params=list(matrices.values())), *rest]
     fused = dict(fused=True) if norms[0].device.type in ('cpu', 'cuda') else dict(foreach=True)
     adamw = AdamW(rest, lr=config.lr, betas=config.betas, **fused)
     for p in (p for g in adamw.param_groups for p in g['params']):
         adamw.state[p].update(step=torch.zeros((), device=p.device), exp_avg=zeros_like(p), exp_avg_sq=zeros_like(p))
-    return [muon, adamw] if config.optimizer=='muon' else [adamw]
+    return [*opts, adamw]
 
 def set_lr(opts:list, lr:float):
     "Give every group its share of the plan's rate."

@@ -12,14 +12,13 @@ from lmnb.config import preset
 from lmnb.model import memory_needed
 
 TRAIN = '''
-import json, re, sys
-from pathlib import Path
-def peak(): return 1024*int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
+import json, sys
+from lmnb.check import most_memory
 from lmnb.config import ExperimentConfig
 from lmnb.trainer import Trainer
-bare = peak()
+bare = most_memory()
 Trainer(ExperimentConfig(**json.loads(sys.argv[1])), sys.argv[2], quiet=True).fit()
-print(json.dumps(peak()-bare))
+print(json.dumps(most_memory()-bare))
 '''
 SHAPES = [dict(name='small'), dict(name='small', batch_size=16), dict(name='small', batch_size=16, micro_batch_size=4), dict(name='small', optimizer='adamw'),
           dict(name='medium', n_layer=4), dict(name='medium', n_layer=4, optimizer='adamw', block_size=512), dict(name='small', amp='bf16', batch_size=8),
