@@ -161,15 +161,17 @@ def losses(kept, checkout, folder):
 
 def long(kept, checkout, folder, steps=2000):
     every = steps//4
-    print(f'\n## Long runs\n\n{steps:,} steps with each program\'s own plan for that length, one seed: validation loss (seconds of steps until there). On the way '
-          'lmnb is judged on its own windows, nanoGPT on as many random ones, as it does; at the end both on the same.\n')
+    print(f'\n## Long runs\n\n{steps:,} steps with each program\'s own plan for that length, one seed: validation loss (seconds of steps until there, '
+          'by the median step of the table above: these runs may be made beside other work, which changes no loss). On the way lmnb is judged on its own windows, nanoGPT on as many random ones, as it does; at the end both on the same.\n')
     print('| shape | program |' + ''.join(f' step {k:,} |' for k in range(every, steps+1, every)) + '\n|---|---|---|---|---|---|', flush=True)
     for name in SHAPES:
+        step_s = {p: statistics.median(kept.all[f'{p} {name} {rest} {seed}']['seconds']/n for seed in seeds) for p, rest, n, seeds in (
+            ('ng', f'1e-3 {NG_STEPS[name]}', NG_STEPS[name], (1337, *NG_SEEDS)), ('lmnb', OURS_STEPS[name], OURS_STEPS[name], (0, 1, 2)))}
         found = {'nanoGPT, lr 1e-3': kept(f'ng {name} 1e-3 {steps} 1337', lambda: nanogpt(checkout, folder, name, '1e-3', steps, 1337, every)),
                  'lmnb': kept(f'lmnb {name} {steps} 0', lambda: lmnb(folder, name, steps, 0, every=every))}
-        for program, run in found.items():
+        for (program, run), dt in zip(found.items(), step_s.values()):
             curve = {**{int(k): loss for k, loss in run['curve'].items()}, steps: run['loss']}
-            print(f'| {name} | {program} | ' + ' | '.join(f'{curve[k]:.3f} ({run["seconds"]*k/steps:.0f})' for k in range(every, steps+1, every)) + ' |', flush=True)
+            print(f'| {name} | {program} | ' + ' | '.join(f'{curve[k]:.3f} ({dt*k:.0f})' for k in range(every, steps+1, every)) + ' |', flush=True)
 
 
 # Steps
@@ -421,7 +423,7 @@ def far(kept, checkout, folder, rounds=3):
 ENCODE = '''
 import json, sys, time
 from pathlib import Path
-from lmnb.data import as_tokenizer, documents, find_files, token_file
+from lmnb.data import as_tokenizer, documents, find_files, fingerprint, token_file
 source, tokenizer, mode, cache = sys.argv[1:]
 text = Path(tokenizer).read_text()
 files, _ = find_files(source)
@@ -429,7 +431,7 @@ t0 = time.perf_counter()
 if mode == 'alone':
     pieces = [p for p in documents(files) if p]
     n = sum(len(e.ids) for e in as_tokenizer(text).encode_batch_fast(pieces, add_special_tokens=False))
-else: n = len(token_file(Path(cache), 'x', text, lambda: documents(files)))
+else: n = len(token_file(Path(cache), fingerprint(documents(files))[0], text, lambda: documents(files)))
 print(); print(json.dumps([n, time.perf_counter()-t0]))
 '''
 

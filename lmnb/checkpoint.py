@@ -350,7 +350,8 @@ def snapshot(
         if isinstance(x, torch.Tensor):
             b = kept.get(place)
             if b is None or b.shape!=x.shape or b.dtype!=x.dtype: b = kept[place] = torch.empty(x.shape, dtype=x.dtype)
-            src.append(x.detach()); dst.append(b)
+            if hasattr(x, 'full_tensor'): b.copy_(x.full_tensor()) # one after the other: no second model in memory
+            else: src.append(x.detach()); dst.append(b)
             return b
         if isinstance(x, dict): return {k:walk(v, (*place, k)) for k,v in x.items()}
         if isinstance(x, (list, tuple)): return type(x)(walk(v, (*place, i)) for i,v in enumerate(x))

@@ -52,6 +52,8 @@ def train_parser(prog='lmnb-train')->Parser:
         metavar = name.upper() if name in ('device', 'amp') else 'N'
         add('--'+name.replace('_', '-'), metavar=metavar, type=_setting(name), help=help[name])
     add('--compile', action='store_true', default=None, help=help['compile'])
+    add('--parallel', choices=('ddp', 'fsdp'), metavar='ddp|fsdp', help='how the processes of torchrun share the work: '
+        'ddp (default) gives each the whole model, fsdp a share of it')
     add('--set', metavar='key=value', nargs='+', action='extend', default=[], help='any other setting; the last wins')
     add('--new-run', action='store_true', help='set aside the run that is in the folder, and begin a new one')
     add('--allow-new-data', action='store_true', help='with --resume: go on with other data')
@@ -91,7 +93,7 @@ def _train(a, stop)->int:
     given = {k:v for k in (*_AS_FLAG, 'data', 'tokenizer', 'compile') if (v := getattr(a, k)) is not None}
     sets = parse_settings(a.set)|given
     config = preset(a.config or 'medium', **({} if a.resume else sets)) # refused before torch is imported
-    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run)
+    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel)
     from lmnb.rundir import CODES
     with stop.interruptible(): # nothing is at stake before the first step
         from lmnb.trainer import Trainer

@@ -313,7 +313,8 @@ def backfill(
 
 # %% ../nbs/05_history.ipynb #95bed7c2
 def say(text:str, end:str='\n', stream:str='stdout'):
-    "Print, whatever the terminal cannot show, and even if nobody reads any more; a name in it commands no terminal."
+    "Print, whatever the terminal cannot show, and even if nobody reads any more; of many processes the first one does."
+    if os.environ.get('RANK', '0')!='0': return
     text = re.sub(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]', '\ufffd', text)
     try: print(text, end=end, file=getattr(sys, stream), flush=True)
     except UnicodeEncodeError: say(text.encode('ascii', 'replace').decode(), end, stream)

@@ -191,13 +191,18 @@ def flops_per_token(config:ExperimentConfig)->float:
 def memory_needed(
     config:ExperimentConfig, # `amp='auto'` counts as off
     device_type:str='cpu',   # cpu, cuda or mps
+    processes:int=1,         # that share a batch
+    fsdp:bool=False,         # and the state
 )->int: # bytes, beside what a process has before it trains
-    "What training takes at its peak, a save included."
+    "What training takes of a device's memory at its peak, a save included; of many processes the first, which saves."
     c,P,embed,kv = config,config.n_params,config.vocab_size*config.n_embd,config.n_kv*config.head_dim
     moments = 4*(P-embed)+8*embed if c.optimizer=='muon' else 8*P
-    state = 2*4*P+moments + 4*P+moments                                     # the second pair is a save's copy
+    state = (8*P+moments)/(processes if fsdp else 1)                        # weights, gradients, averages
+    if device_type!='cuda': state += 4*P+moments                            # a save's copy, in the host's memory
+    if fsdp: state += 8*(embed+2*(P-embed)/c.n_layer)                       # embedding and two blocks, put together
+    elif processes>1: state += 4*P                                          # DDP's buckets
     half = 2 if c.amp in ('bf16', 'fp16') else 4                            # bytes of a factor in a product
-    tokens = c.micro_batch*c.block_size
+    tokens = min(c.micro_batch, -(-c.batch_size//processes))*c.block_size
     layer = 4*(3*c.n_embd+kv) + half*(4*c.n_embd+2*kv+3*c.n_ff)             # norms; what products and attention keep
     rows = min(ROWS, tokens) if device_type=='cpu' and half==4 else tokens   # of logits at a time, see `mean_loss`
     logits = rows*c.vocab_size*(8 if half==4 else 16) + 4*embed

@@ -358,8 +358,9 @@ class Heartbeat:
         self.write()
         self.thread = threading.Thread(target=self._loop, daemon=True)
         self.thread.start()
+    def note(self, **more): self.fields.update(more) # for the next beat
     def write(self, **more):
-        self.fields.update(more)
+        self.note(**more)
         self.last = time.monotonic()
         self.run.write_status(**self.fields, heartbeat=time.time())
     def _loop(self):

@@ -7,6 +7,7 @@ __all__ = ['TrainingFailed', 'Trainer', 'new_id']
 
 # %% ../nbs/10_trainer.ipynb #986e4ffe
 import math, os, shlex, shutil, sys, time
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
@@ -18,7 +19,9 @@ from .checkpoint import FORMAT, CheckpointError, Writer, describe, load_checkpoi
 from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, override, preset
 from .engine import Band, Engine, on_threads, return_memory
 from .history import Console, Events, backfill, in_notebook, keep_record, out_of_memory, plain, program, say
-from .rundir import (AUTO, BEGAN, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
+from .optim import local
+from .parallel import join, without_numbers
+from .rundir import (AUTO, BEGAN, CODES, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
 from .schedule import Plan, plan_from
 
@@ -35,9 +38,11 @@ class Trainer(GetAttr):
         new_run:bool=False,           # set aside the run that is there
         stop:Stop=None,               # whose wish to end is heard; made if not given
         quiet:bool=False,             # show warnings and the end only
+        parallel:str=None,            # how processes that torchrun started share the work: ddp or fsdp
     ):
+        self.world = join(parallel)
         self.run,self.where = RunDir(checkpoint_dir),'new run' if new_run else 'new' # or as `home_of` says
-        if not new_run: self.run.refuse_new_run()
+        if not new_run: self.world.first(self.run.refuse_new_run)
         self._setup(listeners, stop, quiet, config)
         self.plan,self.parent,self.done = Plan.straight(self.config),None,False
         self.lacks,self.software = [],self.engine.surroundings() # that what is gone on from had
@@ -50,15 +55,19 @@ class Trainer(GetAttr):
 @patch
 def _setup(self:Trainer, listeners, stop, quiet, *args, **kw):
     "What a start and a resume have in common; `args` make the engine."
-    there = next(p for p in (self.run.path.absolute(), *self.run.path.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f'{self.run} cannot be written ({there}); choose another --checkpoint-dir')
+    self.world.first(self._refuse_unwritable)
     self.listeners,self.stop,self.quiet,self.interrupted = listeners,stop or Stop(),quiet,None
     self.step,self.best_val_loss,self.named_best,self.saved_step = 0,math.inf,math.inf,None
     self.train_history,self.val_history,self.segment_began = [],[],False
     self.evaluated,self.band = dict(step=0, loss=None),Band() # the last evaluation; where losses usually lie
-    with self.stop.listening(), self.stop.interruptible(): self.engine = Engine(*args, **kw)
+    with self.stop.listening(), self.stop.interruptible(): self.engine = Engine(*args, world=self.world, **kw)
     self.writer,self.known = Writer(self.run.path),self._on_disk()
+
+@patch
+def _refuse_unwritable(self:Trainer):
+    there = next(p for p in (self.run.path.absolute(), *self.run.path.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f'{self.run} cannot be written ({there}); choose another --checkpoint-dir')
 
 @patch
 def _living(self:Trainer)->list:
@@ -99,11 +108,14 @@ def _evaluation_due(self:Trainer)->bool:
 
 @patch
 def _evaluate_here(self:Trainer):
-    "Evaluate and record, or warn that it could not be done."
+    "Evaluate and record, or warn that it could not be done; of many processes none may leave the others in it."
+    alone = self.world.size==1
     try:
-        with self.stop.interruptible(): loss = self.evaluate()
+        with self.stop.interruptible() if alone else nullcontext(): loss = self.evaluate()
     except Stopped: return
-    except Exception as e: return self._warn('eval', f'evaluation at step {self.step} failed: {type(e).__name__}: {e}')
+    except Exception as e:
+        if not alone: raise
+        return self._warn('eval', f'evaluation at step {self.step} failed: {type(e).__name__}: {e}')
     self.evaluated = record = dict(step=self.step, loss=loss)
     if self.step==self.plan.max_steps: self.val_history.append(record)
     else: keep_record(self.val_history, record, self.config.eval_interval)
@@ -121,27 +133,29 @@ def state_dict(self:Trainer)->dict:
 # %% ../nbs/10_trainer.ipynb #d0b3997d
 @patch
 def _evaluate_and_save(self:Trainer):
-    "Evaluate if due, then save under the names that are due; by the clock if none is."
+    "Evaluate if due, then save under the names that are due."
     if self._evaluation_due(): self._evaluate_here()
-    k,last,minutes = self.step,self.step==self.plan.max_steps,self.config.save_minutes
+    k,last = self.step,self.step==self.plan.max_steps
+    best = self.val_loss is not None and self.world.most(self.val_loss<self.named_best)[0] # only the first knows one
     due = {step_name(k): last or k%self.config.save_interval==0, WORDS['final']: last,
-           WORDS['trunk']: k==self.plan.trunk_step,
-           WORDS['best']: self.val_loss is not None and self.val_loss<self.named_best}
+           WORDS['trunk']: k==self.plan.trunk_step, WORDS['best']: best}
     if names := [name for name,yes in due.items() if yes]: self._save(names)
-    elif minutes and time.monotonic()-self.last_save>=60*minutes and not self.writer.busy: self._save([AUTO])
 
 @patch
 def _save(self:Trainer, names):
     "Hand a copy of the state to the writer; training goes on while it writes."
     self._collect()
-    if bad := next((n for n,p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
-        raise TrainingFailed(f'step {self.step} is not saved: {bad} is not finite. A lower lr in a new run may do')
+    named = list(self.model.named_parameters())
+    bad, = self.world.most(next((i for i,(_,p) in enumerate(named) if not torch.isfinite(local(p)).all()), -1))
+    if bad>=0:
+        raise TrainingFailed(f'step {self.step} is not saved: {named[bad][0]} is not finite. A lower lr in a new run may do')
+    self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
+    if self.world.rank: return self.engine.hand_over() # the first process writes
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
     if self.writer.failed: self.given_up += self.writer.failed[1]
     if WORDS['best'] in names: self.named_best = self.val_loss
     for name in {WORDS['trunk'], WORDS['final']} & set(names): self._tidy(self.run.keep_named, name, self.step)
     self.writer.save(self.state_dict(), names)
-    self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
     self._collect()
 
 # %% ../nbs/10_trainer.ipynb #33d53782
@@ -186,19 +200,40 @@ def fit(self:Trainer,
     self.interrupted = None
     if self._complete(): return self
     gpu = [torch.cuda.current_device()] if self.device.type=='cuda' else [] # generators are given back as they were
-    with self.run.locked(), torch.random.fork_rng(gpu), on_threads(self.engine.threads), self.stop.listening():
-        self._refuse_newer()
-        self._begin()
+    with (ExitStack() as held, torch.random.fork_rng(gpu), on_threads(self.engine.threads), self.stop.listening()):
+        self.world.first(lambda: (held.enter_context(self.run.locked()), self._refuse_newer(), self._begin()) and None)
+        if self.world.rank: self._follow()
         failed = True
         try: self._loop(); failed = False
         except TrainingFailed: raise
-        except Exception as e: raise TrainingFailed(plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}') from e
+        except Exception as e: raise TrainingFailed(self._why(e)) from e
         finally: self._finish(failed); return_memory()
     self._farewell()
     self.stop.clear() # the next `fit` is a new wish
     return self
 
 # %% ../nbs/10_trainer.ipynb #7495b4b3
+@patch
+def _why(self:Trainer, e)->str:
+    "An error in words; of many processes also how far each came, for it may be another's end that stopped this one."
+    why = plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}'
+    if self.world.size==1: return why
+    at,speaks = self.world.whereabouts()
+    why = f'{why}; {at}'
+    if speaks and self.world.rank: print(f'Process {self.world.rank}: {why}', file=sys.stderr) # the first is gone
+    return why
+
+_REASONS = (*CODES, 'max-minutes', 'stop file')
+
+@patch
+def _asked(self:Trainer)->tuple: # a reason to end, or None; whether to save by the clock
+    "What the signals of any process, and clock and folder of the first one, say to all of them."
+    reason,first = self.stop.asked(None if self.world.rank else self.run),not self.world.rank
+    late = time.monotonic()-self.last_save>=60*self.config.save_minutes>0 and not self.writer.busy
+    if self.world.size==1: return reason,late
+    n,late = self.world.most(_REASONS.index(reason)+1 if reason else 0, first and late)
+    return (_REASONS[n-1] if n else None),bool(late)
+
 @patch
 def _loop(self:Trainer):
     "Steps until the end, or until asked to stop; at least one is done when only the clock asks."
@@ -207,8 +242,9 @@ def _loop(self:Trainer):
         if self.val_loss is not None: self._evaluate_and_save() # else the file is as it was
     first,reason = self.step,None
     while self.step<self.plan.max_steps:
-        reason = self.stop.asked(self.run)
+        reason,late = self._asked()
         if reason and (self.step>first or reason!='max-minutes'): break
+        if late: self._save([AUTO])
         t0,k = time.perf_counter(),self.step+1
         whole = self.config.micro_batch
         record = self.engine.train_step(k, self.plan.lr(k))
@@ -216,7 +252,7 @@ def _loop(self:Trainer):
         if n<whole: self._warn('memory', f'step {k}: not enough memory, so micro_batch_size is {n} from here on', k)
         self.dts.append(time.perf_counter()-t0)
         if not math.isfinite(record['grad_norm']): self._skipped(k)
-        self.step = k
+        self.step = self.world.step = k
         self._after_step(record)
     else: reason = self.stop.reason if self._evaluation_due() else None # asked in the last evaluation: due again
     self.interrupted = reason
@@ -255,7 +291,7 @@ def _tell(self:Trainer, record, now):
     dt,tokens = sum(self.dts)/len(self.dts),self.config.batch_size*self.config.block_size # of a step
     self.events.emit('train', **record, tokens=self.step*tokens, tok_per_s=tokens/max(dt, 1e-9), dt_ms=dt*1e3)
     self.told,self.dts = now,[]
-    self.beat.fields.update(step=self.step, step_s=dt)
+    self.beat.note(step=self.step, step_s=dt)
 
 # %% ../nbs/10_trainer.ipynb #142844e5
 @patch
@@ -292,8 +328,26 @@ def _announce(self:Trainer):
     self.events.emit('resume' if self.step else 'start', **about)
     self.beat = Heartbeat(self.run, self.stop, state='running', run_id=segment['run_id'], segment=segment['id'],
                           **both)
+    self._fresh()
+
+@patch
+def _fresh(self:Trainer):
+    "What a session counts anew."
     self.dts,self.told,self.last_save = [],-math.inf,time.monotonic() # the first step is told
     self.failed_at = self.unsaved = None # when the last save failed, and why
+
+class _Nobody:
+    "Takes every call and does nothing."
+    def __getattr__(self, name): return lambda *a, **kw: None
+
+@patch
+def _follow(self:Trainer):
+    "Be one of the processes that only compute: no events, no heartbeat."
+    self.events = self.beat = _Nobody()
+    self.named_best = -math.inf # what is best is the first one's to know
+    self.lacks,self.software = [],self.engine.surroundings()
+    if not self.segment_began: self.segment_began,self.saved_step = True,None
+    self._fresh()
 
 # %% ../nbs/10_trainer.ipynb #6c82f854
 @patch
@@ -336,8 +390,9 @@ def _refuse_newer(self:Trainer):
 def _complete(self:Trainer)->bool:
     "Nothing left to do: say so, with the command that goes on; make names true."
     if not self.done and (self.step<self.plan.max_steps or self._evaluation_due()): return False
-    if self.run.path.is_dir():
+    def heal():
         with self.run.locked(): self.run.sweep(); self.run.heal(self.lineage[-1]['run_id'])
+    self.world.first(lambda: self.run.path.is_dir() and heal())
     say(f'Training already complete at step {self.step} of {self.plan.max_steps}. '
         f'To go on: {self._command(str(self.parent) if self.where in ("aside", "branch") else "latest", 2*self.step)}')
     return True
@@ -355,6 +410,12 @@ def _room(self:Trainer):
 @patch
 def _finish(self:Trainer, failed):
     "Wait for the last save, close the event file, say in `run.json` how it ended."
+    if failed and self.world.rank: return
+    if failed: self._close(failed)
+    else: self.world.first(lambda: self._close(failed)) # nobody leaves before all is on the disk
+
+@patch
+def _close(self:Trainer, failed):
     self._collect(wait=True)
     for _ in range(2*(self.failed_at is not None)): # a moment's trouble, perhaps
         time.sleep(.5); self.writer.retry(); self._collect(wait=True)
@@ -380,7 +441,8 @@ def _command(self:Trainer, what, extend=None)->str:
     more = '' if not extend else f', extend_steps={extend}' if in_notebook() else f' --extend-steps {extend}'
     if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"{more}).fit()'
     where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {shlex.quote(str(self.run))}'
-    return f'{program("lmnb-train")} --resume {shlex.quote(what)}{more}{where}'
+    many = self.world.size>1 and f'torchrun --nproc-per-node={self.world.size} -m lmnb.cli train'
+    return f'{many or program("lmnb-train")} --resume {shlex.quote(what)}{more}{where}'
 
 @patch
 def _farewell(self:Trainer):
@@ -417,26 +479,29 @@ def resume(cls:Trainer,
     tokenizer:str=None,            # tokenizer.json, for a file that carries none
     allow_new_data:bool=False,     # go on with other contents
     new_run:bool=False,            # for latest-or-new: set aside what is there and begin anew
-    listeners=(), stop:Stop=None, quiet:bool=False, # as in `Trainer`
+    listeners=(), stop:Stop=None, quiet:bool=False, parallel:str=None, # as in `Trainer`
     **changes,                     # run-time settings; one that would change the trajectory is refused
 )->Trainer:
     "Go on with a run; `NotFound`, `CheckpointError` and `ValueError` say in a line what is wrong and what there is."
-    run = RunDir(checkpoint_dir or 'checkpoints')
+    world,run = join(parallel),RunDir(checkpoint_dir or 'checkpoints')
     if str(what)=='latest-or-new':
-        if new_run or not run.living():
+        if world.first(lambda: new_run or not run.holds_run()): # which names the damaged ones if all are
             new = dict(max_steps=extend_steps or None, data=data, tokenizer=tokenizer)
             new = {k:v for k,v in new.items() if v is not None}
-            return cls(override(config or preset(), **(changes|new)), run.path, listeners, new_run, stop, quiet)
-        run.holds_run() # names the damaged ones if all are
+            config = override(config or preset(), **(changes|new))
+            return cls(config, run.path, listeners, new_run, stop, quiet, parallel)
         what,config = 'latest',None
-    path = Path(os.path.abspath(run.find(what)))
-    try: saved = load_checkpoint(from_here(path))
-    except CheckpointError as e: raise _with_way_out(e, path) from None
+    path,saved,home = world.first(lambda: _found(run, what, checkpoint_dir), without_numbers)
     self = cls.__new__(cls)
-    self.run,self.where = home_of(path, checkpoint_dir)
+    self.world,(self.run,self.where) = world,home
     self._restore(path, saved, extend_steps, config, changes, listeners, stop, quiet,
                   tokenizer=tokenizer, source=data, allow_new_data=allow_new_data)
     return self
+
+def _found(run, what, checkpoint_dir)->tuple: # path, contents, and as `home_of`
+    path = Path(os.path.abspath(run.find(what)))
+    try: return path,load_checkpoint(from_here(path)),home_of(path, checkpoint_dir)
+    except CheckpointError as e: raise _with_way_out(e, path) from None
 
 def _with_way_out(e, path):
     "A damaged file's error, with the checkpoint to use instead."

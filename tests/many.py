@@ -1,0 +1,19 @@
+"""Trainings one after the other, in processes that came together once: torchrun --nproc-per-node=N tests/many.py JOBS.json
+
+A job is `{"parallel": …, "dir": …}` with either a `config` to begin with or a file to `resume`; what it may not do is in `error`.
+"""
+import json
+import os
+import sys
+
+import torch.distributed as dist
+
+from lmnb import Trainer, preset
+
+for job in json.load(open(sys.argv[1])):
+    parallel = job['parallel'] if int(os.environ['WORLD_SIZE']) > 1 else None
+    how = dict(quiet=True, parallel=parallel)
+    if 'resume' in job: t = Trainer.resume(job['resume'], job['dir'], **how, **job.get('changes', {}))
+    else: t = Trainer(preset('small', **job['config']), job['dir'], **how)
+    t.fit()
+if dist.is_initialized(): dist.destroy_process_group()

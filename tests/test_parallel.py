@@ -1,0 +1,90 @@
+"One process or several, with whole or shared models: the same windows, the same losses, one file for all, and the same bits for the same processes."
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, events
+
+from lmnb import load_checkpoint
+from lmnb.check import differences
+
+TINY = dict(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, batch_size=4, warmup_steps=5, max_steps=20,
+            save_interval=10, eval_interval=5, eval_batches=3, log_interval=1)
+MODES = 'one', 'ddp2', 'fsdp2', 'ddp4', 'fsdp4'
+OWN = 'lineage', 'software'  # of each training
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+
+
+def size(mode): return int(mode[-1]) if mode != 'one' else 1
+
+
+def together(n, jobs, folder):
+    "Do `jobs` in `n` processes."
+    (folder/f'jobs{n}.json').write_text(json.dumps(jobs))
+    p = subprocess.run([*TORCHRUN, f'--nproc-per-node={n}', str(ROOT/'tests'/'many.py'), str(folder/f'jobs{n}.json')], cwd=folder,
+                       env=dict(os.environ, LMNB_TIMEOUT_S='60'), capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr[-3000:]
+
+
+def job(mode, **more): return dict(parallel=mode[:-1], **more)
+
+
+TRAININGS = dict(muon={}, adamw=dict(optimizer='adamw'), rough=dict(dropout=.1, micro_batch_size=1, amp='fp16', batch_size=8))
+
+
+@pytest.fixture(scope='module')
+def runs(text, tmp_path_factory):
+    "Each training in each mode from the beginning, and then from the middle of each other mode's (`rough`: of its own)."
+    folder = tmp_path_factory.mktemp('many')
+    def path(name, mode, source=None): return str(folder/f'{name}-{mode}-from-{source}')
+    for stage in ('begin', 'resume'):
+        for n in (1, 2, 4):
+            jobs = []
+            for name, mode in product(TRAININGS, (m for m in MODES if size(m) == n)):
+                if stage == 'begin': jobs.append(job(mode, dir=path(name, mode), config=TINY | dict(data=str(text)) | TRAININGS[name]))
+                else: jobs += [job(mode, dir=path(name, mode, s), resume=f'{path(name, s)}/checkpoint_step_10.pt')
+                               for s in (MODES if name != 'rough' else [mode])]
+            together(n, jobs, folder)
+    return lambda *which: Path(path(*which))
+
+
+def final(run): return load_checkpoint(run/'final_model.pt')
+
+
+def far(a, b):
+    "The largest difference of two runs' losses."
+    x, y = ([(e['step'], e['loss']) for k in ('train', 'val') for e in events(r, k)] for r in (a, b))
+    assert [s for s, _ in x] == [s for s, _ in y] and len(x) >= 24
+    return max(abs(p-q) for (_, p), (_, q) in zip(x, y))
+
+
+@pytest.mark.parametrize('mode', MODES[1:])
+@pytest.mark.parametrize('name', ['muon', 'adamw'])
+def test_same_losses(runs, name, mode):
+    one, many = runs(name, 'one'), runs(name, mode)
+    assert far(one, many) < 1e-4
+    a, b = final(one), final(many)
+    for k, t in a['model_state_dict'].items(): torch.testing.assert_close(b['model_state_dict'][k], t, rtol=1e-3, atol=1e-4)
+    assert b['optimizer_state_dict']['state'].keys() == a['optimizer_state_dict']['state'].keys()
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', TRAININGS)
+def test_same_bits_when_resumed(runs, name, mode):
+    again = differences(final(runs(name, mode)), final(runs(name, mode, mode)), OWN)
+    assert again == []
+
+
+@pytest.mark.parametrize('source, mode', [p for p in product(MODES, MODES) if p[0] != p[1]])
+@pytest.mark.parametrize('name', ['muon', 'adamw'])
+def test_any_file_anywhere(runs, name, source, mode):
+    straight, here = runs(name, source), runs(name, mode, source)
+    assert far(straight, here) < 1e-4
+    a, b = ({e['step']: e['loss'] for e in events(r, 'train')} for r in (straight, here))
+    assert abs(a[11]-b[11]) < 2e-6  # nothing was lost: the first step has the same loss
+    assert 'processes' in str(events(here, 'resume')[0]['differs'])
