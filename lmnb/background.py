@@ -32,6 +32,13 @@ class Condition:
     host:str = ''
     heard:float = 0.      # when it last gave a sign of life, in seconds since 1970
     step_s:float = None   # seconds a step
+    processes:str = '1'   # that train it, as `World` names them: `8 (fsdp)`
+
+    @property
+    def many(self)->str:
+        "The processes in words; empty for one."
+        n,_,kind = self.processes.partition(' ')
+        return '' if n=='1' else f'{n} processes {kind}'.strip()
 
     @property
     def alive(self)->bool: return self.state in ('starting', 'running', 'silent', 'stopping', 'elsewhere')
@@ -53,6 +60,7 @@ def condition(
         given = dict(step=int(j['step']), max_steps=int(j['max_steps']), pid=int(j.get('pid', 0)),
                      host=str(j.get('host')), heard=float(j.get('heartbeat', 0)),
                      step_s=j.get('step_s') and float(j['step_s']))
+        if isinstance(about := j.get('versions'), dict): given['processes'] = str(about.get('processes', '1'))[:20]
         if not math.isfinite(given['heard']+(given['step_s'] or 0)): raise ValueError('not finite')
         state = j.get('state')
         if state in ('starting', 'running', 'stopping'):
@@ -140,16 +148,21 @@ def launch(
     extend_steps:int=None,        # the new total of steps
     new_run:bool=False,           # set aside the run that is there
     allow_new_data:bool=False,    # resume with other data
+    processes:int=1,              # on this machine, by torchrun, to share each batch
+    parallel:str=None,            # what they share: ddp (the work) or fsdp (the model too); None: ddp
     **sets,                       # settings, as `--set` takes them
 )->'Background':
     "Start `lmnb-train` as a process of its own; `RunBusy`, `RunExists`, `NotFound` or an `OSError` if it cannot be."
     run = RunDir(checkpoint_dir)
+    if processes<1 or processes==1 and parallel=='fsdp':
+        raise ValueError(f'processes={processes} must be at least {1+(parallel=="fsdp")}')
     if (c := condition(run.path)).alive: raise RunBusy(f'a run is at work in {run}: {c.state}, pid {c.pid} on {c.host}')
     if resume=='latest-or-new' and run.living(): config = None
     ckpt = describe(run.find(resume)) if resume not in (None, 'latest-or-new') else None
     if resume is None and not new_run: run.refuse_new_run()
-    flags = ['--new-run']*new_run + ['--allow-new-data']*allow_new_data
-    command = [sys.executable, '-m', 'lmnb.cli', 'train', *train_words(run, config, resume, extend_steps, sets), *flags]
+    flags = ['--new-run']*new_run + ['--allow-new-data']*allow_new_data + ['--parallel', parallel]*bool(parallel)
+    many = ['torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m'] if processes>1 else []
+    command = [sys.executable, '-m', *many, 'lmnb.cli', 'train', *train_words(run, config, resume, extend_steps, sets), *flags]
     run.path.mkdir(parents=True, exist_ok=True)
     apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name=='nt' else dict(start_new_session=True)
     with open(run/'train.log', 'a') as log:

@@ -106,6 +106,7 @@ def _train(a, stop)->int:
 
 def train(argv=None, prog='lmnb-train'):
     "Entry point of `lmnb-train`."
+    if os.environ.get('WORLD_SIZE', '1')!='1': os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR') # no line per process
     args = train_parser(prog).parse_args(argv, argparse.Namespace(prog=prog))
     from lmnb.rundir import Stop
     stop = Stop(args.max_minutes)

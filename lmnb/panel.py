@@ -79,6 +79,7 @@ def pace(v:Background)->str:
     if not v.step_s: return 'The first step is under way.'
     c,left = v.begin.get('config') or {},(v.total-v.step)*v.step_s
     speed = f'{v.step_s:.2g} s a step, {c.get("batch_size", 0)*c.get("block_size", 0)/v.step_s:,.0f} tokens/s'
+    if v.now.many: speed += f', {escape(v.now.many)}'
     return f'{duration(left)} left, done at {clock(time.time()+left)} &ensp;<span class="lm-dim lm-rate">{speed}</span>'
 
 # %% ../nbs/12_panel.ipynb #739c42b4

@@ -19,7 +19,7 @@ def runs_table(root='.')->str:
     lines = []
     for run in find_runs(root):
         c = condition(run.path)
-        lines.append(f'{run}: {c.state} at {c.step} of {c.max_steps}')
+        lines.append(', '.join(filter(None, (f'{run}: {c.state} at {c.step} of {c.max_steps}', c.many))))
         for c in list_checkpoints(run.path):
             age = duration(max(0, time.time()-c.mtime))
             note = f'DAMAGED: {c.error}' if c.error else ', '.join(c.names)+('' if c.checked else ' (not checked)')

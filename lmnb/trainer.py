@@ -6,7 +6,7 @@
 __all__ = ['TrainingFailed', 'Trainer', 'new_id']
 
 # %% ../nbs/10_trainer.ipynb #986e4ffe
-import math, os, shlex, shutil, sys, time
+import math, os, re, shlex, shutil, sys, time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, ove
 from .engine import Band, Engine, on_threads, return_memory
 from .history import Console, Events, backfill, in_notebook, keep_record, out_of_memory, plain, program, say
 from .optim import local
-from .parallel import join, without_numbers
+from .parallel import join, lost_each_other, without_numbers
 from .rundir import (AUTO, BEGAN, CODES, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
 from .schedule import Plan, plan_from
@@ -219,7 +219,8 @@ def _why(self:Trainer, e)->str:
     why = plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}'
     if self.world.size==1: return why
     at,speaks = self.world.whereabouts()
-    why = f'{why}; {at}'
+    if lost_each_other(e): why = f'the processes lost each other ({re.sub(r"^.*?] ", "", str(e)):.60})'
+    why = f'{why}; by what each said last, {at}'
     if speaks and self.world.rank: print(f'Process {self.world.rank}: {why}', file=sys.stderr) # the first is gone
     return why
 

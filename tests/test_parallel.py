@@ -88,3 +88,42 @@ def test_any_file_anywhere(runs, name, source, mode):
     a, b = ({e['step']: e['loss'] for e in events(r, 'train')} for r in (straight, here))
     assert abs(a[11]-b[11]) < 2e-6  # nothing was lost: the first step has the same loss
     assert 'processes' in str(events(here, 'resume')[0]['differs'])
+
+
+ONCE = """
+import os
+import sys
+import torch.distributed as dist
+from lmnb import Trainer, preset
+from lmnb.engine import Engine
+
+rank, sent, inner = int(os.environ['RANK']), [], dist.reduce_scatter_tensor
+def counted(*args, **kw): sent.append('fsdp'); return inner(*args, **kw)
+dist.reduce_scatter_tensor = counted
+
+def hook(state, bucket):
+    sent.append('ddp')
+    return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+config = dict(vocab_size=300, n_layer=2, n_embd=32, n_head=2, block_size=32, batch_size=8, data=sys.argv[1], max_steps=4, eval_interval=4, eval_batches=1)
+for kind in ('ddp', 'fsdp'):
+    def training(**more): return Trainer(preset('small', **config, **more), f'{kind}-{len(more)}', quiet=True, parallel=kind)
+    whole, split, compiled = training(), training(micro_batch_size=1), training(compile=True)
+    for t in (whole, split):
+        if kind == 'ddp': t.engine.forward.register_comm_hook(None, hook)
+    losses = []
+    for t in (whole, split, compiled):
+        sent.clear()
+        losses.append([t.engine.train_step(k, 3e-3)['loss'] for k in range(1, 5)])
+        if t is not compiled: assert len(sent) == 4*(1 if kind == 'ddp' else 3), (kind, sent)  # buckets, or blocks and the root, each once a step
+    for other in losses[1:]: assert max(abs(a-b) for a, b in zip(losses[0], other)) < 1e-4, (kind, losses)
+    compiled.fit()
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_travel_once_and_compiled_steps_agree(text, tmp_path):
+    (tmp_path/'once.py').write_text(ONCE)
+    p = subprocess.run([*TORCHRUN, '--nproc-per-node=2', 'once.py', str(text)], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert p.returncode == 0, p.stderr[-3000:]
+    for kind in ('ddp', 'fsdp'): assert load_checkpoint(tmp_path/f'{kind}-1'/'final_model.pt')['global_step'] == 4
