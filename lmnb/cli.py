@@ -96,12 +96,14 @@ def _train(a, stop)->int:
     common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel)
     from lmnb.rundir import CODES
     with stop.interruptible(): # nothing is at stake before the first step
+        from lmnb.parallel import leave
         from lmnb.trainer import Trainer
         if a.resume:
             t = Trainer.resume(a.resume, a.checkpoint_dir, a.extend_steps, a.config and config,
                                allow_new_data=a.allow_new_data, **common, **sets)
         else: t = Trainer(config, a.checkpoint_dir or 'checkpoints', **common)
     t.fit()
+    leave()
     return CODES.get(t.interrupted, 0)
 
 def train(argv=None, prog='lmnb-train'):

@@ -354,7 +354,7 @@ def differs(self:Engine,
     software:dict, # the surroundings that are gone on from
 )->list: # of short texts
     "What is not as it was, of all that decides the bits."
-    here = self.surroundings()
+    here,software = self.surroundings(),dict(processes='1')|software # older files do not tell
     return [f'{k} {software.get(k, "unknown")} → {x}' for k,x in here.items()
             if k not in ('python', 'platform') and software.get(k)!=x]
 

@@ -1,14 +1,13 @@
 """Trainings one after the other, in processes that came together once: torchrun --nproc-per-node=N tests/many.py JOBS.json
 
-A job is `{"parallel": …, "dir": …}` with either a `config` to begin with or a file to `resume`; what it may not do is in `error`.
+A job is `{"parallel": …, "dir": …}` with either a `config` to begin with or a file to `resume`.
 """
 import json
 import os
 import sys
 
-import torch.distributed as dist
-
 from lmnb import Trainer, preset
+from lmnb.parallel import leave
 
 for job in json.load(open(sys.argv[1])):
     parallel = job['parallel'] if int(os.environ['WORLD_SIZE']) > 1 else None
@@ -16,4 +15,4 @@ for job in json.load(open(sys.argv[1])):
     if 'resume' in job: t = Trainer.resume(job['resume'], job['dir'], **how, **job.get('changes', {}))
     else: t = Trainer(preset('small', **job['config']), job['dir'], **how)
     t.fit()
-if dist.is_initialized(): dist.destroy_process_group()
+leave()
