@@ -342,16 +342,17 @@ def describe(
 def snapshot(
     state,      # nested dicts, lists and tuples of tensors and plain values
     kept:dict,  # buffers of earlier snapshots, by place; changed
+    world=None, # whose tensors are in several processes; None: all are here
 ):
     "A copy of `state` that shares no memory with it, on the CPU, in the `kept` buffers where they fit."
     import torch
     src,dst = [],[]
     def walk(x, place):
+        if hasattr(x, 'to_local'): return world.copied(x, walk(x.to_local(), place))
         if isinstance(x, torch.Tensor):
             b = kept.get(place)
             if b is None or b.shape!=x.shape or b.dtype!=x.dtype: b = kept[place] = torch.empty(x.shape, dtype=x.dtype)
-            if hasattr(x, 'full_tensor'): b.copy_(x.full_tensor()) # one after the other: no second model in memory
-            else: src.append(x.detach()); dst.append(b)
+            src.append(x.detach()); dst.append(b)
             return b
         if isinstance(x, dict): return {k:walk(v, (*place, k)) for k,v in x.items()}
         if isinstance(x, (list, tuple)): return type(x)(walk(v, (*place, i)) for i,v in enumerate(x))
@@ -363,8 +364,9 @@ def snapshot(
 # %% ../nbs/08_checkpoint.ipynb #99e8dd54
 class Writer:
     "Saves snapshots in a thread, one at a time; what came of each is in `results`."
-    def __init__(self, folder:Path):
+    def __init__(self, folder:Path, world=None): # `World` of the processes that save together
         self.folder,self.kept,self.thread,self.results = Path(folder),{},None,queue.SimpleQueue()
+        self.world = world
         self.place = None  # the folder's `Place`, once it is known
         self.failed = None # the last snapshot that could not be written: (state, names)
 
@@ -378,7 +380,7 @@ class Writer:
         "Copy `state` and write the copy as `names`; returns when the copy is made."
         t0 = time.perf_counter()
         self.wait()
-        self.failed,copy = None,snapshot(state, self.kept)
+        self.failed,copy = None,snapshot(state, self.kept, self.world)
         self._start(copy, names, t0)
 
     def retry(self):
@@ -393,6 +395,8 @@ class Writer:
     def _write(self, state, names, stall_ms):
         out = dict(step=state['global_step'], names=names, stall_ms=stall_ms, bytes=0, error=None)
         try:
+            if self.world: state = self.world.whole(state)
+            if self.world and self.world.rank: return # the first process writes
             if self.place: self.place.check()
             out['bytes'],self.failed = write_checkpoint(state, self.folder, names),None
         except Exception as e: out['error'],self.failed = plain(e),(state, names)

@@ -310,14 +310,6 @@ def state_dict(self:Engine,
         data_state=self.corpus.state_dict(), software=self.surroundings())
 
 @patch
-def hand_over(self:Engine):
-    "Send what this process holds of a spread state, while the first one makes a checkpoint of it."
-    def walk(x):
-        if isinstance(x, dict): [walk(v) for v in x.values()]
-        elif spread(x): x.full_tensor() # in the order in which `snapshot` asks for them
-    walk(dict(model=self.model.state_dict(), optimizer=optim_state(self.model, self.opts)))
-
-@patch
 def n_bytes(self:Engine)->int:
     "What the tensors of a checkpoint take."
     moments = optim_state(self.model, self.opts)['state'].values()

@@ -41,7 +41,7 @@ class World:
         self.store.wait(keys, timedelta(days=7)) # as long as data take to be made
         return [pickle.loads(self.store.get(k)) for k in keys]
 
-# %% ../nbs/07_parallel.ipynb #c9e512a9
+# %% ../nbs/07_parallel.ipynb #6ef4424a
 @patch
 @contextmanager
 def together(self:World):
@@ -67,6 +67,7 @@ def first(self:World,
     send=lambda x: x,    # what the others get of its result
 ): # in the first process as it is
     "What `f` gives in the first process, for all of them."
+    if self.size==1: return f()
     with self.together(): out = None if self.rank else f()
     told = self.exchange(None if self.rank else send(out))[0]
     return told if self.rank else out
@@ -112,7 +113,7 @@ def part(self:World,
     "This process' rows of a batch."
     return x.view(self.size, -1, *x.shape[1:])[self.rank]
 
-# %% ../nbs/07_parallel.ipynb #f7f82fc4
+# %% ../nbs/07_parallel.ipynb #29b22f44
 @patch
 def spread(self:World,
     model:nn.Module, # a `GPT`; fsdp takes its weights apart in place
@@ -124,11 +125,13 @@ def spread(self:World,
     if self.kind=='ddp':
         DDP = nn.parallel.DistributedDataParallel
         buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in signature(DDP).parameters else 'broadcast_buffers'
-        return DDP(torch.compile(model) if compile else model, find_unused_parameters=True, **{buffers: False}, # constants
+        return DDP(torch.compile(model) if compile else model, find_unused_parameters=True, gradient_as_bucket_view=True,
+                   **{buffers: False}, # they are constants
                    device_ids=[device.index] if device.type=='cuda' else None)
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
     mesh = dist.init_device_mesh(device.type, (self.size,))
+    self.saving = dist.DeviceMesh.from_group(dist.new_group(backend='gloo'), 'cpu') # beside the steps, in the host
     for b in model.blocks:
         if compile: b.forward = torch.compile(b.forward)
         down = b.mlp.down.weight
@@ -144,6 +147,24 @@ def syncing(self:World,
     "Within the block, whether a backward pass averages gradients over the processes."
     if self.size>1 and self.kind=='fsdp': forward.set_requires_gradient_sync(now)
     with nullcontext() if now or self.size==1 or self.kind=='fsdp' else forward.no_sync(): yield
+
+# %% ../nbs/07_parallel.ipynb #e25ee6e5
+@patch
+def copied(self:World,
+    t:Tensor,    # a tensor of the running state, spread by fsdp
+    part:Tensor, # a copy of this process' share, on the CPU
+)->Tensor:
+    "The copy of `t` of which this process holds `part`."
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(part, self.saving, t.placements, shape=t.shape, stride=t.stride())
+
+@patch
+def whole(self:World, x):
+    "A nested state of copies with its tensors put together, in the first process; all must ask."
+    if isinstance(x, dict): return {k:self.whole(v) for k,v in x.items()}
+    if not hasattr(x, 'full_tensor'): return x
+    full = x.full_tensor()
+    return None if self.rank else full
 
 # %% ../nbs/07_parallel.ipynb #da990fa6
 TIMEOUT_S = float(os.environ.get('LMNB_TIMEOUT_S', 600)) # how long a process waits within a step, and to begin

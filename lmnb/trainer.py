@@ -61,7 +61,7 @@ def _setup(self:Trainer, listeners, stop, quiet, *args, **kw):
     self.train_history,self.val_history,self.segment_began = [],[],False
     self.evaluated,self.band = dict(step=0, loss=None),Band() # the last evaluation; where losses usually lie
     with self.stop.listening(), self.stop.interruptible(): self.engine = Engine(*args, world=self.world, **kw)
-    self.writer,self.known = Writer(self.run.path),self._on_disk()
+    self.writer,self.known = Writer(self.run.path, self.world),self._on_disk()
 
 @patch
 def _refuse_unwritable(self:Trainer):
@@ -150,7 +150,7 @@ def _save(self:Trainer, names):
     if bad>=0:
         raise TrainingFailed(f'step {self.step} is not saved: {named[bad][0]} is not finite. A lower lr in a new run may do')
     self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
-    if self.world.rank: return self.engine.hand_over() # the first process writes
+    if self.world.rank: return self.world.kind=='fsdp' and self.writer.save(self.state_dict(), names)
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
     if self.writer.failed: self.given_up += self.writer.failed[1]
     if WORDS['best'] in names: self.named_best = self.val_loss
