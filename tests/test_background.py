@@ -12,7 +12,9 @@ from lmnb import attach, find_runs, launch, list_checkpoints, stop
 from lmnb.background import Background, condition
 from lmnb.config import parse_settings, preset
 from lmnb.history import to_line
+from lmnb.panel import pace
 from lmnb.rundir import RunBusy, RunDir, RunExists, started_at
+from lmnb.runs import runs_table
 
 LONG = preset(**parse_settings([*TINY, *EVERY, 'max_steps=100000']))
 
@@ -97,6 +99,18 @@ def test_killed_it_has_died_and_goes_on(long):
     until(lambda: condition(long.run).state == 'running')
     assert events(long.run.path, 'resume')[-1]['step'] == saved
     assert more.stop() and more.wait(30).state == 'stopped'
+
+
+def test_two_processes_are_a_run_like_any_other(text, tmp_path):
+    many = launch(tmp_path/'many', 'small', processes=2, parallel='fsdp', data=str(text), max_steps=100_000, **parse_settings([*TINY, *EVERY]))
+    until(lambda: many.update() or many.now.state == 'running' and many.step > 5)
+    assert '2 processes (fsdp)' in runs_table(tmp_path) and '2 processes (fsdp)' in pace(many)
+    many.stop()
+    assert many.wait(60).state == 'stopped' and 'SIGTERM' in many.log()
+    assert list_checkpoints(many.run)[0].software['processes'] == '2 (fsdp)'
+    for n, parallel in ((0, None), (1, 'fsdp')):
+        with pytest.raises(ValueError, match=f'processes={n} must be at least'): launch(tmp_path/'none', processes=n, parallel=parallel)
+    assert not (tmp_path/'none').exists()
 
 
 def test_what_is_refused_by_the_child_is_in_the_log(copy):

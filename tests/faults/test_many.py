@@ -139,6 +139,7 @@ BAD = {  # what each process does differently: `$RANK` is its number
     'config': ('exec {train} --seed $RANK', 'lmnb-train: the processes differ: seed is 0 in the first and 1 in process 1'),
     'data': ('cp corpus.txt mine$RANK.txt; echo $RANK >> mine$RANK.txt; exec {train} --data mine$RANK.txt', 'lmnb-train: the processes differ: data is'),
     'one has no data': ('if [ $RANK = 1 ]; then cd ..; fi; exec {train}', 'lmnb-train: process 1 of 2: data not found: corpus.txt'),
+    'version': ('if [ $RANK = 1 ]; then exec {other}; fi; exec {train}', "lmnb-train: the processes differ: lmnb is '"),
     'an argument': ('exec {train} --max-stepz 3', 'lmnb-train: unknown argument --max-stepz; did you mean --max-steps?'),
     'no such file': ('exec {train} --resume 500', 'lmnb-train: Checkpoint not found: 500; there are none in checkpoints'),
 }
@@ -147,7 +148,9 @@ BAD = {  # what each process does differently: `$RANK` is its number
 @pytest.mark.parametrize('fault', BAD)
 def test_said_once(here, fault):
     act, says = BAD[fault]
-    script = act.format(train=f'{sys.executable} -m lmnb.cli train --config small --data corpus.txt --set {" ".join(SETS)}')
+    flags = f'--config small --data corpus.txt --set {" ".join(SETS)}'
+    other = 'import lmnb.engine; lmnb.engine.__version__ = "9.9"; from lmnb.cli import train; train()'
+    script = act.format(train=f'{sys.executable} -m lmnb.cli train {flags}', other=f"{sys.executable} -c '{other}' {flags}")
     if '--data mine' in act: script = script.replace('--data corpus.txt ', '')
     p = subprocess.run([*TORCHRUN, '--standalone', '--nproc-per-node=2', '--no-python', 'bash', '-c', script], cwd=here, capture_output=True, text=True)
     said = [line for line in (p.stdout+p.stderr).splitlines() if 'lmnb-train' in line or line.startswith('[rank')]
