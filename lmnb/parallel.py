@@ -113,7 +113,7 @@ def part(self:World,
     "This process' rows of a batch."
     return x.view(self.size, -1, *x.shape[1:])[self.rank]
 
-# %% ../nbs/07_parallel.ipynb #29b22f44
+# %% ../nbs/07_parallel.ipynb #77c00bbc
 @patch
 def spread(self:World,
     model:nn.Module, # a `GPT`; fsdp takes its weights apart in place
@@ -131,7 +131,8 @@ def spread(self:World,
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
     mesh = dist.init_device_mesh(device.type, (self.size,))
-    self.saving = dist.DeviceMesh.from_group(dist.new_group(backend='gloo'), 'cpu') # beside the steps, in the host
+    beside = dist.new_group(backend='gloo', timeout=timedelta(seconds=TIMEOUT_S)) # the steps, for saves
+    self.saving = dist.DeviceMesh.from_group(beside, 'cpu')
     for b in model.blocks:
         if compile: b.forward = torch.compile(b.forward)
         down = b.mlp.down.weight

@@ -214,28 +214,6 @@ def fit(self:Trainer,
 
 # %% ../nbs/10_trainer.ipynb #7495b4b3
 @patch
-def _why(self:Trainer, e)->str:
-    "An error in words; of many processes also how far each came, for it may be another's end that stopped this one."
-    why = plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}'
-    if self.world.size==1: return why
-    at,speaks = self.world.whereabouts()
-    if lost_each_other(e): why = f'the processes lost each other ({re.sub(r"^.*?] ", "", str(e)):.60})'
-    why = f'{why}; by what each said last, {at}'
-    if speaks and self.world.rank: print(f'Process {self.world.rank}: {why}', file=sys.stderr) # the first is gone
-    return why
-
-_REASONS = (*CODES, 'max-minutes', 'stop file')
-
-@patch
-def _asked(self:Trainer)->tuple: # a reason to end, or None; whether to save by the clock
-    "What the signals of any process, and clock and folder of the first one, say to all of them."
-    reason,first = self.stop.asked(None if self.world.rank else self.run),not self.world.rank
-    late = time.monotonic()-self.last_save>=60*self.config.save_minutes>0 and not self.writer.busy
-    if self.world.size==1: return reason,late
-    n,late = self.world.most(_REASONS.index(reason)+1 if reason else 0, first and late)
-    return (_REASONS[n-1] if n else None),bool(late)
-
-@patch
 def _loop(self:Trainer):
     "Steps until the end, or until asked to stop; at least one is done when only the clock asks."
     if self._evaluation_due():
@@ -259,6 +237,7 @@ def _loop(self:Trainer):
     self.interrupted = reason
     if reason and self.step>first and self.saved_step!=self.step: self._save([AUTO])
 
+# %% ../nbs/10_trainer.ipynb #42289afa
 @patch
 def _spiked(self:Trainer, loss, mean, std):
     "Warn of a loss far above its band, with the line that goes back to before it."
@@ -337,19 +316,6 @@ def _fresh(self:Trainer):
     self.dts,self.told,self.last_save = [],-math.inf,time.monotonic() # the first step is told
     self.failed_at = self.unsaved = None # when the last save failed, and why
 
-class _Nobody:
-    "Takes every call and does nothing."
-    def __getattr__(self, name): return lambda *a, **kw: None
-
-@patch
-def _follow(self:Trainer):
-    "Be one of the processes that only compute: no events, no heartbeat."
-    self.events = self.beat = _Nobody()
-    self.named_best = -math.inf # what is best is the first one's to know
-    self.lacks,self.software = [],self.engine.surroundings()
-    if not self.segment_began: self.segment_began,self.saved_step = True,None
-    self._fresh()
-
 # %% ../nbs/10_trainer.ipynb #6c82f854
 @patch
 def _begin_resumed(self:Trainer):
@@ -406,6 +372,44 @@ def _room(self:Trainer):
     if (free := shutil.disk_usage(self.run.path).free)<need:
         self._warn('disk', f'{self.run}: {free/1e6:,.1f} MB free, about {need/1e6:,.1f} needed; see keep_last')
     if lacks := self.run.lacks(): self._warn('disk', f'{self.run}: its file system has no {", no ".join(lacks)}')
+
+# %% ../nbs/10_trainer.ipynb #ade8fc26
+class _Nobody:
+    "Takes every call and does nothing."
+    def __getattr__(self, name): return lambda *a, **kw: None
+
+@patch
+def _follow(self:Trainer):
+    "Be one of the processes that only compute: no events, no heartbeat."
+    self.events = self.beat = _Nobody()
+    self.named_best = -math.inf # what is best is the first one's to know
+    self.lacks,self.software = [],self.engine.surroundings()
+    if not self.segment_began: self.segment_began,self.saved_step = True,None
+    self._fresh()
+
+# %% ../nbs/10_trainer.ipynb #6678cf20
+_REASONS = (*CODES, 'max-minutes', 'stop file')
+
+@patch
+def _asked(self:Trainer)->tuple: # a reason to end, or None; whether to save by the clock
+    "What the signals of any process, and clock and folder of the first one, say to all of them."
+    reason,first = self.stop.asked(None if self.world.rank else self.run),not self.world.rank
+    late = time.monotonic()-self.last_save>=60*self.config.save_minutes>0 and not self.writer.busy
+    if self.world.size==1: return reason,late
+    n,late = self.world.most(_REASONS.index(reason)+1 if reason else 0, first and late)
+    return (_REASONS[n-1] if n else None),bool(late)
+
+# %% ../nbs/10_trainer.ipynb #c28b0cf7
+@patch
+def _why(self:Trainer, e)->str:
+    "An error in words; of many processes also how far each came, for it may be another's end that stopped this one."
+    why = plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}'
+    if self.world.size==1: return why
+    at,speaks = self.world.whereabouts()
+    if lost_each_other(e): why = f'the processes lost each other ({re.sub(r"^.*?] ", "", str(e)):.60})'
+    why = f'{why}; by what each said last, {at}'
+    if speaks and self.world.rank: print(f'Process {self.world.rank}: {why}', file=sys.stderr) # the first is gone
+    return why
 
 # %% ../nbs/10_trainer.ipynb #48877c38
 @patch
