@@ -27,7 +27,7 @@ def losses(folder, optimizer, parallel):
     from lmnb import Trainer, preset
     config = preset('small', batch_size=4, micro_batch_size=2*('halves' in folder), max_steps=200, optimizer=optimizer, lr=3e-3 if optimizer == 'muon' else 1e-3, eval_interval=200, log_interval=1,
                     save_interval=10**6, save_minutes=0)
-    t = Trainer(config, folder, quiet=True, parallel=parallel).fit()
+    t = Trainer.resume('latest-or-new', folder, config=config, quiet=True, parallel=parallel).fit()  # what is there is not trained again
     return [r['loss'] for r in t.train_history]+[t.val_loss]
 
 
@@ -66,13 +66,13 @@ def run(n, *args):
 def main(folder=None):
     folder = Path(folder or tempfile.mkdtemp())
     print('In two micro-batches one process, too, adds in another order: that is what rounding alone does here.\n')
-    print('| optimizer | processes | largest difference of a step\'s loss, steps 1 to 50 | 1 to 200 | validation loss |\n|---|---|---|---|---|')
+    print('| optimizer | processes | largest difference of a step\'s loss, steps 1 to 10 | 11 to 50 | 51 to 200 | at step 200 | validation loss |\n|---|---|---|---|---|---|---|')
     for optimizer in ('adamw', 'muon'):
         for name, n, parallel in MODES:
             found = run(n, 'losses', folder/f'losses-{optimizer}-{name}{n}', optimizer, parallel)
             if name == 'one': one = found
             far = [abs(a-b) for a, b in zip(one, found)]
-            print(f'| {optimizer} | {label(name, n)} | {max(far[:50]):.1e} | {max(far[:200]):.1e} | {found[-1]:.4f} |', flush=True)
+            print(f'| {optimizer} | {label(name, n)} | {max(far[:10]):.0e} | {max(far[10:50]):.0e} | {max(far[50:200]):.0e} | {far[199]:.0e} | {found[-1]:.4f} |', flush=True)
     print('\n| processes | the loop waits, ms | memory rises in the first, MiB | in the others | a process holds, MiB |\n|---|---|---|---|---|')
     for name, n, parallel in (m for m in MODES if m[0] != 'halves'):
         wait, rise, holds = run(n, 'saves', folder/f'saves-{name}{n}', parallel)
