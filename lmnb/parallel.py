@@ -167,7 +167,7 @@ def whole(self:World, x):
     full = x.full_tensor()
     return None if self.rank else full
 
-# %% ../nbs/07_parallel.ipynb #da990fa6
+# %% ../nbs/07_parallel.ipynb #6da3b012
 TIMEOUT_S = float(os.environ.get('LMNB_TIMEOUT_S', 600)) # how long a process waits within a step, and to begin
 
 _joined = {} # worlds by kind; they have one group of processes
@@ -196,6 +196,13 @@ def _meet(size, rank):
     except (ValueError, RuntimeError) as e: # among them torch's DistError
         raise ValueError(f'the {size} processes did not come together: {plain(e):.160}. Start them with torchrun') from None
     return store
+
+@patch
+def command(self:World)->str:
+    "How many processes are started again, for a line to copy."
+    n = int(os.environ.get('LOCAL_WORLD_SIZE', self.size)) # of this machine
+    more = f'--nnodes={self.size//n} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 ' if n<self.size else ''
+    return f'torchrun {more}--nproc-per-node={n} -m lmnb.cli train'+' --parallel fsdp'*(self.kind=='fsdp')
 
 def leave():
     "End torch's group of processes, if there is one."

@@ -446,8 +446,8 @@ def _command(self:Trainer, what, extend=None)->str:
     more = '' if not extend else f', extend_steps={extend}' if in_notebook() else f' --extend-steps {extend}'
     if in_notebook(): return f'Trainer.resume("{what}", "{self.run}"{more}).fit()'
     where = '' if str(self.run)=='checkpoints' else f' --checkpoint-dir {shlex.quote(str(self.run))}'
-    many = self.world.size>1 and f'torchrun --nproc-per-node={self.world.size} -m lmnb.cli train'
-    return f'{many or program("lmnb-train")} --resume {shlex.quote(what)}{more}{where}'
+    how = self.world.command() if self.world.size>1 else program('lmnb-train')
+    return f'{how} --resume {shlex.quote(what)}{more}{where}'
 
 @patch
 def _farewell(self:Trainer):
