@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMEOUT_S', 'World', 'without_numbers', 'join', 'leave', 'lost_each_other']
 
-# %% ../nbs/07_parallel.ipynb #233dd47d
-import os, pickle, threading, time
+# %% ../nbs/07_parallel.ipynb #694bb257
+import atexit, os, pickle, threading
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from inspect import signature
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .history import plain
 
-# %% ../nbs/07_parallel.ipynb #e66efa47
+# %% ../nbs/07_parallel.ipynb #808d1307
 class World:
     "The processes that train one run, seen from one of them."
     def __init__(self,
@@ -29,6 +29,7 @@ class World:
     ):
         self.rank,self.size,self.kind,self.store = rank,size,kind,store
         self.asked,self.step = 0,0 # questions asked so far; steps done
+        self.over = threading.Event()
 
     def __str__(self): return '1' if self.size==1 else f'{self.size} ({self.kind})'
 
@@ -167,7 +168,7 @@ def whole(self:World, x):
     full = x.full_tensor()
     return None if self.rank else full
 
-# %% ../nbs/07_parallel.ipynb #6da3b012
+# %% ../nbs/07_parallel.ipynb #27b997e4
 TIMEOUT_S = float(os.environ.get('LMNB_TIMEOUT_S', 600)) # how long a process waits within a step, and to begin
 
 _joined = {} # worlds by kind; they have one group of processes
@@ -184,7 +185,7 @@ def join(
     kind = parallel or 'ddp'
     if kind not in _joined:
         _joined[kind] = World(rank, size, kind, dist.PrefixStore(f'lmnb/{kind}', _joined['store']))
-        threading.Thread(target=_joined[kind].keep_telling, daemon=True).start()
+        _joined[kind].keep_telling()
     return _joined[kind]
 
 def _meet(size, rank):
@@ -218,15 +219,18 @@ def device(self:World, device:torch.device)->torch.device:
     torch.cuda.set_device(mine)
     return torch.device('cuda', mine)
 
-# %% ../nbs/07_parallel.ipynb #e0ca64d9
+# %% ../nbs/07_parallel.ipynb #98a29b78
 @patch
 def keep_telling(self:World, every_s:float=1.):
-    "Write to the store, for as long as the process lives, how far it is."
-    n = 0
-    while True:
-        try: self.store.set(f'at/{self.rank}', f'{self.step} {(n := n+1)}')
-        except RuntimeError: return # the store is gone, and with it those who would read
-        time.sleep(every_s)
+    "Write to the store, in a thread, how far this process is, until it ends."
+    def tell():
+        n = 0
+        while not self.over.wait(every_s):
+            try: self.store.set(f'at/{self.rank}', f'{self.step} {(n := n+1)}')
+            except RuntimeError: return # the store is gone, and with it those who would read
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    atexit.register(lambda: (self.over.set(), thread.join(5))) # a thread that is in torch when Python goes aborts the process
 
 @patch
 def whereabouts(self:World, wait_s:float=3.)->tuple: # text; whether it is this process that should print it
@@ -234,7 +238,7 @@ def whereabouts(self:World, wait_s:float=3.)->tuple: # text; whether it is this 
     def look(): return [self.store.get(k).decode().split() if self.store.check([k]) else None for k in keys]
     keys = [f'at/{r}' for r in range(self.size)]
     before = look()
-    time.sleep(wait_s)
+    self.over.wait(wait_s)
     now = look()
     silent = [a==b for a,b in zip(before, now)]
     said = [f'process {r} at step {at[0] if at else "?"}{" (silent)"*s}' for r,(at,s) in enumerate(zip(now, silent))]
