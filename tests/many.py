@@ -7,7 +7,7 @@ import os
 import sys
 
 from lmnb import Trainer, preset
-from lmnb.parallel import leave
+from lmnb.parallel import disband
 
 for job in json.load(open(sys.argv[1])):
     parallel = job['parallel'] if int(os.environ['WORLD_SIZE']) > 1 else None
@@ -15,4 +15,4 @@ for job in json.load(open(sys.argv[1])):
     if 'resume' in job: t = Trainer.resume(job['resume'], job['dir'], **how, **job.get('changes', {}))
     else: t = Trainer(preset('small', **job['config']), job['dir'], **how)
     t.fit()
-leave()
+disband()

@@ -97,7 +97,7 @@ import torch.distributed as dist
 from torch.profiler import profile
 from lmnb import Trainer, preset
 from lmnb.optim import local
-from lmnb.parallel import leave
+from lmnb.parallel import disband
 
 sent = []
 def hook(state, bucket):
@@ -132,7 +132,7 @@ assert not math.isfinite(e.train_step(2, 3e-3)['grad_norm'])
 assert t.world.exchange(e.scaler.get_scale()) == [scale/2]*2 and local(e.model.embed.weight).equal(before)
 e._gradients = inner
 assert math.isfinite(e.train_step(3, 3e-3)['grad_norm'])
-leave()
+disband()
 """
 
 
