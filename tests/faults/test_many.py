@@ -106,7 +106,7 @@ def test_hang(here, row):
     m = Many(here, *SLOW, LMNB_TIMEOUT_S='5').at(25)
     m.processes()[1].suspend()
     while 'lost each other' not in m.log.read_text():
-        assert time.time()-m.began < 100
+        assert time.time()-m.began < 300, m.log.read_text()
         time.sleep(.1)
     m.processes()[-1].kill()  # torchrun would wait half a minute for it
     said, = m.end()
