@@ -6,7 +6,7 @@
 __all__ = ['TIMEOUT_S', 'World', 'without_numbers', 'join', 'disband', 'lost_each_other']
 
 # %% ../nbs/07_parallel.ipynb #694bb257
-import atexit, os, pickle, threading
+import atexit, os, pickle, threading, time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from inspect import signature
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .history import plain
 
 # %% ../nbs/07_parallel.ipynb #808d1307
+TIMEOUT_S = float(os.environ.get('LMNB_TIMEOUT_S', 600)) # how long a process waits within a step, and to begin
+
 class World:
     "The processes that train one run, seen from one of them."
     def __init__(self,
@@ -39,7 +41,10 @@ class World:
         self.asked += 1
         keys = [f'{self.asked}/{r}' for r in range(self.size)]
         self.store.set(keys[self.rank], pickle.dumps(mine))
-        self.store.wait(keys, timedelta(days=7)) # as long as data take to be made
+        late = time.monotonic()+TIMEOUT_S
+        while not self.store.check(keys):
+            time.sleep(.01) # not a wait of the store's, in which no signal is heard and no thread can write
+            if time.monotonic()>late: self._refuse_silent(keys); late += TIMEOUT_S
         return [pickle.loads(self.store.get(k)) for k in keys]
 
 # %% ../nbs/07_parallel.ipynb #6ef4424a
@@ -169,8 +174,6 @@ def whole(self:World, x):
     return None if self.rank else full
 
 # %% ../nbs/07_parallel.ipynb #0ce8d9ec
-TIMEOUT_S = float(os.environ.get('LMNB_TIMEOUT_S', 600)) # how long a process waits within a step, and to begin
-
 _joined = {} # worlds by kind; they have one group of processes
 
 def join(
@@ -233,16 +236,27 @@ def keep_telling(self:World, every_s:float=1.):
     atexit.register(lambda: (self.over.set(), thread.join(5))) # a thread that is in torch when Python goes aborts the process
 
 @patch
-def whereabouts(self:World, wait_s:float=3.)->tuple: # text; whether it is this process that should print it
-    "How far each process came, and who is silent."
-    def look(): return [self.store.get(k).decode().split() if self.store.check([k]) else None for k in keys]
+def _looked_at(self:World, wait_s=3.)->list:
+    "For each process its last step, and whether it is silent."
+    def look(): return [self.store.get(k).decode().split() if self.store.check([k]) else ['?'] for k in keys]
     keys = [f'at/{r}' for r in range(self.size)]
     before = look()
-    self.over.wait(wait_s)
-    now = look()
-    silent = [a==b for a,b in zip(before, now)]
-    said = [f'process {r} at step {at[0] if at else "?"}{" (silent)"*s}' for r,(at,s) in enumerate(zip(now, silent))]
+    time.sleep(wait_s)
+    return [(now[0], now==then) for now,then in zip(look(), before)]
+
+@patch
+def whereabouts(self:World)->tuple: # text; whether it is this process that should print it
+    "How far each process came, and who is silent."
+    looks = self._looked_at()
+    silent = [s for _,s in looks]
+    said = [f'process {r} at step {step}{" (silent)"*s}' for r,(step,s) in enumerate(looks)]
     return ', '.join(said),not silent[self.rank] and all(silent[:self.rank])
+
+@patch
+def _refuse_silent(self:World, keys):
+    "A `RuntimeError` if one that has not answered gives no sign of life either."
+    gone = [r for r,(_,silent) in enumerate(self._looked_at()) if silent and not self.store.check([keys[r]])]
+    if gone: raise RuntimeError(f'process {gone[0]} of {self.size} does not answer; {self.whereabouts()[0]}')
 
 def lost_each_other(e:BaseException)->bool:
     "Whether an error is a collective operation's, in which another process did not answer."

@@ -103,7 +103,7 @@ def test_kill(here, row, whom):
 
 def test_hang(here, row):
     row('many processes: one stops answering', 'after the time-out the run ends, and says how far each process came and which is silent')
-    m = Many(here, *SLOW, LMNB_TIMEOUT_S='5').at(25)
+    m = Many(here, *SLOW, steps=100_000, LMNB_TIMEOUT_S='5').at(25)
     m.processes()[1].suspend()
     while 'lost each other' not in m.log.read_text():
         assert time.time()-m.began < 300, m.log.read_text()
@@ -112,6 +112,35 @@ def test_hang(here, row):
     said, = m.end()
     row.tried()
     assert 'process 1 at step' in said and said.endswith('(silent)') and 'Timed out' in said
+
+
+LAST = """
+import os, signal
+from lmnb.parallel import join
+world = join()
+world.step = 7
+world.exchange('both are here')
+world.over.wait(2)  # for a sign of life
+if world.rank: os.kill(os.getpid(), signal.SIGSTOP)
+try: world.exchange('at the end')
+except RuntimeError as e: print(e, flush=True)
+os._exit(1)
+"""
+
+
+def test_a_hang_outside_of_a_step(here, row):
+    row('many processes: one stops answering', 'after the time-out the run ends, and says how far each process came and which is silent')
+    (here/'last.py').write_text(LAST)
+    with open(here/'out.txt', 'w') as f:
+        agent = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc-per-node=2', 'last.py'], cwd=here, stdout=f, stderr=f,
+                                 env=dict(os.environ, LMNB_TIMEOUT_S='5'))
+    while 'does not answer' not in (text := (here/'out.txt').read_text()):
+        assert agent.poll() is None, text
+        time.sleep(.1)
+    for p in psutil.Process(agent.pid).children(): p.kill()  # torchrun would wait half a minute for it
+    agent.wait(60)
+    row.tried()
+    assert 'process 1 of 2 does not answer; process 0 at step 7, process 1 at step 7 (silent)' in (here/'out.txt').read_text()
 
 
 def test_fewer_after_a_loss(here, row):
