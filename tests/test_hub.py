@@ -64,7 +64,7 @@ def test_no_half_folder(copy, tmp_path, monkeypatch, spoil, said):
     if spoil == 'missing': file.unlink()
     if spoil == 'disk':
         def full(*args): raise OSError(28, 'No space left on device')
-        monkeypatch.setattr('lmnb.hub._curves', full)
+        monkeypatch.setattr('lmnb.hub.curves', full)
     with pytest.raises((ValueError, OSError), match=said): export(file, tmp_path/'out'/'model')
     assert not (tmp_path/'out').exists() or not list((tmp_path/'out').iterdir())
 
