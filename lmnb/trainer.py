@@ -20,7 +20,7 @@ from .config import RUN_TIME, ExperimentConfig, changed_config, config_diff, ove
 from .engine import Band, Engine, on_threads, return_memory
 from .history import Console, Events, backfill, in_notebook, keep_record, out_of_memory, plain, program, say
 from .optim import local
-from .parallel import join, lost_each_other, without_numbers
+from .parallel import TIMEOUT_S, join, without_numbers
 from .rundir import (AUTO, BEGAN, CODES, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
 from .schedule import Plan, plan_from
@@ -405,8 +405,11 @@ def _why(self:Trainer, e)->str:
     "An error in words; of many processes also how far each came, for it may be another's end that stopped this one."
     why = plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}'
     if self.world.size==1: return why
-    at,speaks = self.world.whereabouts()
-    if lost_each_other(e): why = f'the processes lost each other ({re.sub(r"^.*?] ", "", str(e)):.60})'
+    at,lost,speaks = self.world.whereabouts()
+    if lost: # torch's words for it are many
+        late = re.search('timed out|timeout', str(e), re.I)
+        cause = f'Timed out after {TIMEOUT_S:.0f} s' if late else re.sub(r'^.*?] ', '', str(e))[:60]
+        why = f'the processes lost each other ({cause})'
     why = f'{why}; by what each said last, {at}'
     if speaks and self.world.rank: print(f'Process {self.world.rank}: {why}', file=sys.stderr) # the first is gone
     return why
