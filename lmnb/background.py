@@ -162,7 +162,8 @@ def launch(
     if resume is None and not new_run: run.refuse_new_run()
     flags = ['--new-run']*new_run + ['--allow-new-data']*allow_new_data + ['--parallel', parallel]*bool(parallel)
     many = ['torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m'] if processes>1 else []
-    command = [sys.executable, '-m', *many, 'lmnb.cli', 'train', *train_words(run, config, resume, extend_steps, sets), *flags]
+    words = train_words(run, config, resume, extend_steps, sets)+flags
+    command = [sys.executable, '-m', *many, 'lmnb.cli', 'train', *words]
     run.path.mkdir(parents=True, exist_ok=True)
     apart = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP) if os.name=='nt' else dict(start_new_session=True)
     with open(run/'train.log', 'a') as log:

@@ -346,9 +346,10 @@ def snapshot(
 ):
     "A copy of `state` that shares no memory with it, on the CPU, in the `kept` buffers where they fit."
     import torch
+    from lmnb.optim import is_spread
     src,dst = [],[]
     def walk(x, place):
-        if hasattr(x, 'to_local'): return world.copied(x, walk(x.to_local(), place))
+        if is_spread(x): return world.copied(x, walk(x.to_local(), place))
         if isinstance(x, torch.Tensor):
             b = kept.get(place)
             if b is None or b.shape!=x.shape or b.dtype!=x.dtype: b = kept[place] = torch.empty(x.shape, dtype=x.dtype)

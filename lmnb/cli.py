@@ -23,6 +23,11 @@ class Parser(argparse.ArgumentParser):
         say_error(f'{self.prog}: {message}')
         raise SystemExit(2)
 
+    def end_in(self, f, argv):
+        "Leave the process with the exit code of `f`, called with what `argv` says."
+        self.add_argument('--debug', action='store_true', help='show the traceback of an error')
+        raise SystemExit(run(f, self.parse_args(argv, argparse.Namespace(prog=self.prog))))
+
 def say_error(text): say(text, stream='stderr')
 
 _AS_FLAG = ('max_steps', 'save_interval', 'eval_interval', 'keep_last', 'seed', 'device', 'amp') # have a flag
@@ -129,8 +134,7 @@ def sample(argv=None, prog='lmnb-sample'):
     add('--top-k', type=int, default=50, metavar='K', help='draw from the K likeliest; 0: from all (default 50)')
     add('--seed', type=int, default=0, metavar='N', help='the same seed writes the same text (default 0)')
     add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), metavar='D', help='auto, cpu, cuda or mps')
-    add('--debug', action='store_true', help='show the traceback of an error')
-    raise SystemExit(run(_sample, p.parse_args(argv, argparse.Namespace(prog=prog))))
+    p.end_in(_sample, argv)
 
 def _sample(a):
     "Print the prompt and what follows it, as it is made."
@@ -150,8 +154,7 @@ def verify(argv=None, prog='lmnb-verify'):
     p.add_argument('--compile', action='store_true', help='with torch.compile: does the compiler repeat itself here?')
     p.add_argument('--set', metavar='key=value', nargs='+', action='extend', default=[],
                    help='any setting; max_steps is the number of steps to try (default 20)')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    raise SystemExit(run(_verify, p.parse_args(argv, argparse.Namespace(prog=prog))))
+    p.end_in(_verify, argv)
 
 def _verify(a)->int:
     sets = parse_settings(a.set)|({'compile':True} if a.compile else {})
@@ -170,8 +173,7 @@ def bench(argv=None, prog='lmnb-bench'):
     p.add_argument('--config', metavar='NAME', default='medium', help=f'preset: {", ".join(PRESETS)} (default: medium)')
     p.add_argument('--device', metavar='D', type=_setting('device'), default='auto', help='auto, cpu, cuda or mps')
     p.add_argument('--set', metavar='key=value', nargs='+', action='extend', default=[], help='any other setting')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    raise SystemExit(run(_bench, p.parse_args(argv, argparse.Namespace(prog=prog))))
+    p.end_in(_bench, argv)
 
 def _bench(a)->int:
     config = preset(a.config, **parse_settings(a.set)|dict(device=a.device))
@@ -205,8 +207,7 @@ def export(argv=None, prog='lmnb-export'):
     p.add_argument('folder', metavar='DIR', help='to be made')
     p.add_argument('--tokenizer', metavar='FILE', help='tokenizer.json, for a file that carries none')
     p.add_argument('--overwrite', action='store_true', help='replace an export that is there')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    raise SystemExit(run(_export, p.parse_args(argv, argparse.Namespace(prog=prog))))
+    p.end_in(_export, argv)
 
 def _export(a):
     from lmnb.hub import export

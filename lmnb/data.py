@@ -468,10 +468,12 @@ def get_batch(
     batch_size:int, # sequences per step, B
     block_size:int, # tokens per sequence, T
     seed:int,
-)->tuple: # inputs and targets, both (B, T) int64
-    "The batch of `step`: a function of its arguments alone."
+    rank:int=0,     # whose part to read, of
+    size:int=1,     # so many equal ones
+)->tuple: # inputs and targets, both (B/size, T) int64
+    "The batch of `step`, or a process' rows of it: a function of its arguments alone."
     n = n_windows(ids, block_size)
-    sequence = np.arange((step-1)*batch_size, step*batch_size, dtype=np.int64)
+    sequence = np.arange((step-1)*batch_size, step*batch_size, dtype=np.int64).reshape(size, -1)[rank]
     return _windows(ids, permuted(sequence%n, n, seed, sequence//n), block_size)
 
 def epochs_done(ids, step:int, batch_size:int, block_size:int)->int:

@@ -23,7 +23,7 @@ from .config import PRESETS, ExperimentConfig, override, preset
 from .data import as_tokenizer, epochs_done, get_batch, load_corpus, val_batches
 from .history import out_of_memory, say
 from .model import GPT, memory_needed
-from .optim import copy_tensors, load_optim_state, make_optimizers, optim_state, set_lr, spread
+from .optim import copy_tensors, is_spread, load_optim_state, make_optimizers, optim_state, set_lr
 from .parallel import World
 
 # %% ../nbs/09_engine.ipynb #8c601a9f
@@ -92,7 +92,7 @@ def free_memory(device_type:str)->float:
 
 def refuse_too_large(config:ExperimentConfig, device_type:str, world:World=World()):
     "A `ValueError` with the numbers, and settings that fit, if training would take more memory than there is."
-    def need(c): return memory_needed(c, device_type, world.size, world.size>1 and world.kind=='fsdp')
+    def need(c): return memory_needed(c, device_type, world.size, world.fsdp)
     have,B = free_memory(device_type),config.batch_size//world.size
     if device_type=='cpu': have /= int(os.environ.get('LOCAL_WORLD_SIZE', 1)) # of this machine's processes each a part
     if need(config)<=have: return
@@ -210,11 +210,11 @@ def train_step(self:Engine,
     "Step `k`: forward, backward, update; its record."
     c = self.config
     set_lr(self.opts, lr)
-    batch = get_batch(self.corpus.train, k, c.batch_size, c.block_size, c.seed)
-    x,y = (self.world.part(t).to(self.device) for t in batch)
+    mine = get_batch(self.corpus.train, k, c.batch_size, c.block_size, c.seed, self.world.rank, self.world.size)
+    x,y = (t.to(self.device) for t in mine)
     while (loss := self._gradients(k, x, y)) is None: self._halve()
     norm = self._update() # before the loss is asked for, which waits for the device
-    return dict(step=k, loss=float(self.world.total(loss)/self.world.size), lr=lr, grad_norm=norm)
+    return dict(step=k, loss=float(self.world.total(loss))/self.world.size, lr=lr, grad_norm=norm)
 
 @patch
 def _gradients(self:Engine,
@@ -238,6 +238,7 @@ def _gradients(self:Engine,
     except (MemoryError, RuntimeError) as e:
         if self.world.size>1 or c.micro_batch==1 or not out_of_memory(e): raise # the others are in the midst of it
 
+# %% ../nbs/09_engine.ipynb #60b540b3
 @patch
 def _halve(self:Engine):
     "Take micro-batches half as large from now on, and forget the gradients of the attempt."
@@ -251,7 +252,7 @@ def _update(self:Engine)->float:
     "Clip and apply the gradients, or drop them if they are not finite; their norm before clipping."
     for o in self.opts: self.scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-    norm = float(norm.full_tensor() if spread(norm) else norm)
+    norm = float(norm.full_tensor() if is_spread(norm) else norm)
     unexplained = self.scaler.get_scale()<=1 # 1 without a scaler
     if math.isfinite(norm):
         for o in self.opts: self.scaler.step(o)
@@ -330,7 +331,7 @@ def load(self:Engine,
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{name}: its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
     moments = (t for s in optim_state(self.model, self.opts)['state'].values() for t in s.values())
-    self.world.from_first(t for t in (*self.model.parameters(), *moments) if not spread(t))
+    self.world.from_first(t for t in (*self.model.parameters(), *moments) if not is_spread(t))
 
 # %% ../nbs/09_engine.ipynb #553f5ff9
 @patch
@@ -339,7 +340,8 @@ def surroundings(self:Engine)->dict:
     c = self.config
     return dict(lmnb=__version__, torch=str(torch.__version__), device=device_name(self.device.type),
                 threads=self.threads, maths=maths(self.device.type), amp=c.amp, compile=c.compile,
-                micro_batch=c.micro_batch, processes=str(self.world), python=platform.python_version(), platform=platform.platform())
+                micro_batch=c.micro_batch, processes=str(self.world), python=platform.python_version(),
+                platform=platform.platform())
 
 @patch
 def differs(self:Engine,

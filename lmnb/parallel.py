@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .history import plain
+from .optim import is_spread, spread_as
 
 # %% ../nbs/07_parallel.ipynb #808d1307
 TIMEOUT_S = float(os.environ.get('LMNB_TIMEOUT_S', 600)) # how long a process waits within a step, and to begin
@@ -30,6 +31,7 @@ class World:
         store=None,     # bytes by name, seen by all
     ):
         self.rank,self.size,self.kind,self.store = rank,size,kind,store
+        self.fsdp = size>1 and kind=='fsdp'
         self.asked,self.step = 0,0 # questions asked so far; steps done
         self.over = threading.Event()
 
@@ -112,13 +114,6 @@ def from_first(self:World, tensors):
     "Give all processes the first one's numbers, in place."
     for t in tensors if self.size>1 else (): dist.broadcast(t, 0)
 
-@patch
-def part(self:World,
-    x:Tensor, # (B, T), of which B is a multiple of the processes
-)->Tensor: # (B/size, T)
-    "This process' rows of a batch."
-    return x.view(self.size, -1, *x.shape[1:])[self.rank]
-
 # %% ../nbs/07_parallel.ipynb #77c00bbc
 @patch
 def spread(self:World,
@@ -128,7 +123,7 @@ def spread(self:World,
     "Make `model` one of all processes."
     if self.size==1: return torch.compile(model) if compile else model
     device = next(model.parameters()).device
-    if self.kind=='ddp':
+    if not self.fsdp:
         DDP = nn.parallel.DistributedDataParallel
         buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in signature(DDP).parameters else 'broadcast_buffers'
         return DDP(torch.compile(model) if compile else model, find_unused_parameters=True, gradient_as_bucket_view=True,
@@ -152,8 +147,9 @@ def syncing(self:World,
     now:bool, # False: gradients are kept here until the last backward pass of a step
 ):
     "Within the block, whether a backward pass averages gradients over the processes."
-    if self.size>1 and self.kind=='fsdp': forward.set_requires_gradient_sync(now)
-    with nullcontext() if now or self.size==1 or self.kind=='fsdp' else forward.no_sync(): yield
+    if self.fsdp: forward.set_requires_gradient_sync(now)
+    kept = self.size>1 and not self.fsdp and not now
+    with forward.no_sync() if kept else nullcontext(): yield
 
 # %% ../nbs/07_parallel.ipynb #e25ee6e5
 @patch
@@ -162,14 +158,13 @@ def copied(self:World,
     part:Tensor, # a copy of this process' share, on the CPU
 )->Tensor:
     "The copy of `t` of which this process holds `part`."
-    from torch.distributed.tensor import DTensor
-    return DTensor.from_local(part, self.saving, t.placements, shape=t.shape, stride=t.stride())
+    return spread_as(t, part, self.saving)
 
 @patch
 def whole(self:World, x):
     "A nested state of copies with its tensors put together, in the first process; all must ask."
     if isinstance(x, dict): return {k:self.whole(v) for k,v in x.items()}
-    if not hasattr(x, 'full_tensor'): return x
+    if not is_spread(x): return x
     full = x.full_tensor()
     return None if self.rank else full
 
@@ -201,17 +196,11 @@ def _meet(size, rank):
         raise ValueError(f'the {size} processes did not come together: {plain(e):.160}. Start them with torchrun') from None
     return store
 
-@patch
-def command(self:World)->str:
-    "How many processes are started again, for a line to copy."
-    n = int(os.environ.get('LOCAL_WORLD_SIZE', self.size)) # of this machine
-    more = f'--nnodes={self.size//n} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 ' if n<self.size else ''
-    return f'torchrun {more}--nproc-per-node={n} -m lmnb.cli train'+' --parallel fsdp'*(self.kind=='fsdp')
-
 def disband():
     "End torch's group of processes, if there is one."
     if dist.is_initialized(): dist.destroy_process_group()
 
+# %% ../nbs/07_parallel.ipynb #4833b68a
 @patch
 def device(self:World, device:torch.device)->torch.device:
     "The one that is this process' own; a `ValueError` if there are too few."
@@ -221,6 +210,13 @@ def device(self:World, device:torch.device)->torch.device:
     if mine>=n: raise ValueError(f'more processes than GPUs here: {n}; --nproc-per-node={n}')
     torch.cuda.set_device(mine)
     return torch.device('cuda', mine)
+
+@patch
+def command(self:World)->str:
+    "How many processes are started again, for a line to copy."
+    n = int(os.environ.get('LOCAL_WORLD_SIZE', self.size)) # of this machine
+    more = f'--nnodes={self.size//n} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 ' if n<self.size else ''
+    return f'torchrun {more}--nproc-per-node={n} -m lmnb.cli train'+' --parallel fsdp'*self.fsdp
 
 # %% ../nbs/07_parallel.ipynb #98a29b78
 @patch
@@ -236,24 +232,19 @@ def keep_telling(self:World, every_s:float=1.):
     atexit.register(lambda: (self.over.set(), thread.join(5))) # a thread that is in torch when Python goes aborts the process
 
 @patch
-def _looked_at(self:World, wait_s=3.)->list:
-    "For each process its last step, and whether it is silent."
+def whereabouts(self:World)->tuple: # text; the silent ones' ranks
+    "How far each process came, and who is silent."
     def look(): return [self.store.get(k).decode().split() if self.store.check([k]) else ['?'] for k in keys]
     keys = [f'at/{r}' for r in range(self.size)]
     before = look()
-    time.sleep(wait_s)
-    return [(now[0], now==then) for now,then in zip(look(), before)]
-
-@patch
-def whereabouts(self:World)->tuple: # text; whether one is silent; whether it is this process that should print it
-    "How far each process came, and who is silent."
-    looks = self._looked_at()
-    silent = [s for _,s in looks]
-    said = [f'process {r} at step {step}{" (silent)"*s}' for r,(step,s) in enumerate(looks)]
-    return ', '.join(said),any(silent),not silent[self.rank] and all(silent[:self.rank])
+    time.sleep(3)
+    now = look()
+    silent = {r for r in range(self.size) if now[r]==before[r]}
+    return ', '.join(f'process {r} at step {at[0]}{" (silent)"*(r in silent)}' for r,at in enumerate(now)),silent
 
 @patch
 def _refuse_silent(self:World, keys):
     "A `RuntimeError` if one that has not answered gives no sign of life either."
-    gone = [r for r,(_,silent) in enumerate(self._looked_at()) if silent and not self.store.check([keys[r]])]
-    if gone: raise RuntimeError(f'process {gone[0]} of {self.size} does not answer; {self.whereabouts()[0]}')
+    at,silent = self.whereabouts()
+    gone = [r for r in sorted(silent) if not self.store.check([keys[r]])]
+    if gone: raise RuntimeError(f'process {gone[0]} of {self.size} does not answer; {at}')

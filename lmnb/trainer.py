@@ -148,9 +148,10 @@ def _save(self:Trainer, names):
     named = list(self.model.named_parameters())
     bad, = self.world.most(next((i for i,(_,p) in enumerate(named) if not torch.isfinite(local(p)).all()), -1))
     if bad>=0:
-        raise TrainingFailed(f'step {self.step} is not saved: {named[bad][0]} is not finite. A lower lr in a new run may do')
+        raise TrainingFailed(f'step {self.step} is not saved: {named[bad][0]} is not finite. A lower lr in a new run '
+                             'may do')
     self.saved_step,self.saved_as,self.last_save = self.step,names[0],time.monotonic()
-    if self.world.rank: return self.world.kind=='fsdp' and self.writer.save(self.state_dict(), names)
+    if self.world.rank: return self.world.fsdp and self.writer.save(self.state_dict(), names)
     if self.writer.failed: self.writer.retry(); self._collect(wait=True) # its names would be lost with it
     if self.writer.failed: self.given_up += self.writer.failed[1]
     if WORDS['best'] in names: self.named_best = self.val_loss
@@ -304,7 +305,6 @@ def _announce(self:Trainer):
     differs = self._differs()
     exact = self.engine.exactness(differs)=='exact'
     if self.step: about |= dict(parent=self.parent and str(self.parent), exact=exact, differs=differs)
-    self.lacks,self.software = [],both['versions'] # of the next `fit`, which goes on from here
     self.events.emit('resume' if self.step else 'start', **about)
     self.beat = Heartbeat(self.run, self.stop, state='running', run_id=segment['run_id'], segment=segment['id'],
                           **both)
@@ -315,6 +315,7 @@ def _fresh(self:Trainer):
     "What a session counts anew."
     self.dts,self.told,self.last_save = [],-math.inf,time.monotonic() # the first step is told
     self.failed_at = self.unsaved = None # when the last save failed, and why
+    self.lacks,self.software = [],self.engine.surroundings() # of the next `fit`, which goes on from here
 
 # %% ../nbs/10_trainer.ipynb #6c82f854
 @patch
@@ -383,7 +384,6 @@ def _follow(self:Trainer):
     "Be one of the processes that only compute: no events, no heartbeat."
     self.events = self.beat = _Nobody()
     self.named_best = -math.inf # what is best is the first one's to know
-    self.lacks,self.software = [],self.engine.surroundings()
     if not self.segment_began: self.segment_began,self.saved_step = True,None
     self._fresh()
 
@@ -405,13 +405,14 @@ def _why(self:Trainer, e)->str:
     "An error in words; of many processes also how far each came, for it may be another's end that stopped this one."
     why = plain(e) if out_of_memory(e) else f'{type(e).__name__}: {e}'
     if self.world.size==1: return why
-    at,lost,speaks = self.world.whereabouts()
-    if lost: # torch's words for it are many
+    at,silent = self.world.whereabouts()
+    if silent: # torch's words for it are many
         late = re.search('timed out|timeout', str(e), re.I)
         cause = f'Timed out after {TIMEOUT_S:.0f} s' if late else re.sub(r'^.*?] ', '', str(e))[:60]
         why = f'the processes lost each other ({cause})'
     why = f'{why}; by what each said last, {at}'
-    if speaks and self.world.rank: print(f'Process {self.world.rank}: {why}', file=sys.stderr) # the first is gone
+    alone_left = self.world.rank and silent.issuperset(range(self.world.rank)) # those before it are gone
+    if alone_left: print(f'Process {self.world.rank}: {why}', file=sys.stderr)
     return why
 
 # %% ../nbs/10_trainer.ipynb #48877c38

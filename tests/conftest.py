@@ -16,6 +16,7 @@ from faults.counting import pytest_runtest_makereport, pytest_terminal_summary, 
 os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')  # before torch: threads that spin take others' cores
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 TINY = ('vocab_size=300 block_size=32 n_layer=1 n_head=2 n_embd=16 batch_size=2 micro_batch_size=0 eval_batches=2 '
         'warmup_steps=5').split()
 EVERY = ('save_interval=50', 'eval_interval=25', 'log_interval=1')

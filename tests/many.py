@@ -3,16 +3,14 @@
 A job is `{"parallel": …, "dir": …}` with either a `config` to begin with or a file to `resume`.
 """
 import json
-import os
 import sys
 
 from lmnb import Trainer, preset
 from lmnb.parallel import disband
 
 for job in json.load(open(sys.argv[1])):
-    parallel = job['parallel'] if int(os.environ['WORLD_SIZE']) > 1 else None
-    how = dict(quiet=True, parallel=parallel)
-    if 'resume' in job: t = Trainer.resume(job['resume'], job['dir'], **how, **job.get('changes', {}))
+    how = dict(quiet=True, parallel=job['parallel'])
+    if 'resume' in job: t = Trainer.resume(job['resume'], job['dir'], **how)
     else: t = Trainer(preset('small', **job['config']), job['dir'], **how)
     t.fit()
 disband()

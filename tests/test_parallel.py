@@ -2,13 +2,12 @@
 import json
 import os
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, events
+from conftest import ROOT, TORCHRUN, events
 
 from lmnb import load_checkpoint
 from lmnb.check import differences
@@ -17,7 +16,6 @@ TINY = dict(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_kv_head=1, n_e
             save_interval=10, eval_interval=5, eval_batches=3, log_interval=1)
 MODES = 'one', 'ddp2', 'fsdp2', 'ddp4', 'fsdp4'
 OWN = 'lineage', 'software'  # of each training
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
 
 
 def size(mode): return int(mode[-1]) if mode != 'one' else 1
@@ -26,12 +24,12 @@ def size(mode): return int(mode[-1]) if mode != 'one' else 1
 def together(n, jobs, folder):
     "Do `jobs` in `n` processes."
     (folder/f'jobs{n}.json').write_text(json.dumps(jobs))
-    p = subprocess.run([*TORCHRUN, f'--nproc-per-node={n}', str(ROOT/'tests'/'many.py'), str(folder/f'jobs{n}.json')], cwd=folder,
+    p = subprocess.run([*TORCHRUN, '--standalone', f'--nproc-per-node={n}', str(ROOT/'tests'/'many.py'), str(folder/f'jobs{n}.json')], cwd=folder,
                        env=dict(os.environ, LMNB_TIMEOUT_S='60'), capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr[-3000:]
 
 
-def job(mode, **more): return dict(parallel=mode[:-1], **more)
+def job(mode, **more): return dict(parallel=None if mode == 'one' else mode[:-1], **more)
 
 
 TRAININGS = dict(muon={}, adamw=dict(optimizer='adamw'), rough=dict(dropout=.1, micro_batch_size=1, amp='fp16', batch_size=8))
@@ -138,6 +136,6 @@ disband()
 
 def test_within_a_step(text, tmp_path):
     (tmp_path/'once.py').write_text(ONCE)
-    p = subprocess.run([*TORCHRUN, '--nproc-per-node=2', 'once.py', str(text)], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    p = subprocess.run([*TORCHRUN, '--standalone', '--nproc-per-node=2', 'once.py', str(text)], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert p.returncode == 0, p.stderr[-3000:]
     for kind in ('ddp', 'fsdp'): assert load_checkpoint(tmp_path/f'{kind}-1'/'final_model.pt')['global_step'] == 4

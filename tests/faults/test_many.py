@@ -8,21 +8,26 @@ import time
 
 import psutil
 import pytest
-from conftest import events, write_text
+from conftest import TORCHRUN, events, write_text
 
 from lmnb import Trainer, load_checkpoint, preset
 from lmnb.check import differences
 from lmnb.rundir import RunDir
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 SETS = ('vocab_size=300 n_layer=1 n_embd=16 n_head=2 block_size=32 batch_size=4 eval_batches=2 dropout=0.1 log_interval=1 '
         'save_interval=20 eval_interval=20').split()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 class Many:
     "A run of several processes, from outside."
     def __init__(self, cwd, *words, steps=60, n=2, torchrun=('--standalone',), log='out.txt', **env):
-        self.cwd, self.run, self.log, self.began = cwd, cwd/'checkpoints', cwd/log, time.time()
+        self.run, self.log, self.began = cwd/'checkpoints', cwd/log, time.time()
         words = ['--config', 'small', '--data', 'corpus.txt', '--max-steps', str(steps), '--set', *SETS, *words]
         with open(self.log, 'w') as f:
             self.agent = subprocess.Popen([*TORCHRUN, *torchrun, f'--nproc-per-node={n}', '-m', 'lmnb.cli', 'train', *words], cwd=cwd, stdout=f,
@@ -88,9 +93,8 @@ def test_sigterm(here, straight, row, whom):
 def test_kill(here, row, whom):
     row('many processes: kill -9 of one, or of all', 'no process is left; who lives says how far each came; the next start goes on from the latest file')
     m = Many(here, '--resume', 'latest-or-new', *SLOW).at(25)
-    victims = m.processes()
-    left = list(victims)
-    for p in victims if whom == 'all' else [victims[whom == 'the second']]: p.kill()
+    left = m.processes()
+    for p in left if whom == 'all' else [left[whom == 'the second']]: p.kill()
     said = m.end()
     if whom != 'all': assert len(said) == 1 and 'lost each other' in said[0] and 'process 0 at step' in said[0] and '(silent)' in said[0], said
     psutil.wait_procs(left, 20)
@@ -145,10 +149,7 @@ def test_a_hang_outside_of_a_step(here, row):
 
 def test_fewer_after_a_loss(here, row):
     row('many processes: a machine is lost under an elastic torchrun', 'the run goes on with fewer processes, from the latest checkpoint, by itself')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    elastic = ['--nnodes=1:2', '--max-restarts=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{port}', '--local-addr=127.0.0.1', '--rdzv-id=x',
+    elastic = ['--nnodes=1:2', '--max-restarts=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{free_port()}', '--local-addr=127.0.0.1', '--rdzv-id=x',
                '--monitor-interval=0.2', '--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3']
     how = dict(steps=400, n=1, torchrun=elastic)
     words = '--resume', 'latest-or-new', *SLOW
@@ -194,9 +195,6 @@ def test_alone(here):
         assert p.returncode == 2 and p.stderr.count('\n') == 1
         return p.stderr
     assert 'MASTER_ADDR' in said() and 'torchrun' in said()
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    assert '1/2 clients joined' in said(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, LMNB_TIMEOUT_S='3')
+    assert '1/2 clients joined' in said(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), LMNB_TIMEOUT_S='3')
     assert 'fsdp shares a model among processes, and this is one' in said('--parallel', 'fsdp', WORLD_SIZE='1')
     with pytest.raises(ValueError, match='ddp or fsdp'): Trainer(preset('small'), here/'checkpoints', parallel='dp')
