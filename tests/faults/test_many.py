@@ -150,10 +150,10 @@ def test_a_hang_outside_of_a_step(here, row):
 def test_fewer_after_a_loss(here, row):
     row('many processes: a machine is lost under an elastic torchrun', 'the run goes on with fewer processes, from the latest checkpoint, by itself')
     elastic = ['--nnodes=1:2', '--max-restarts=2', '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{free_port()}', '--local-addr=127.0.0.1', '--rdzv-id=x',
-               '--monitor-interval=0.2', '--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3']
-    how = dict(steps=400, n=1, torchrun=elastic)
-    words = '--resume', 'latest-or-new', *SLOW
-    one, other = Many(here, *words, **how), Many(here, *words, **how, log='other.txt')
+               '--monitor-interval=0.2']
+    meeting = '--rdzv-conf=last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3,is_host='  # the one that stays keeps the list
+    def start(host, **more): return Many(here, '--resume', 'latest-or-new', *SLOW, steps=400, n=1, torchrun=[*elastic, f'{meeting}{host}'], **more)
+    one, other = start(1), start(0, log='other.txt')
     one.at(25)
     assert events(one.run, 'start')[0]['versions']['processes'] == '2 (ddp)'
     for p in (*other.processes(), psutil.Process(other.agent.pid)): p.kill()
