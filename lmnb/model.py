@@ -199,7 +199,9 @@ def memory_needed(
     moments = 4*(P-embed)+8*embed if c.optimizer=='muon' else 8*P
     state = (8*P+moments)/(processes if fsdp else 1)                        # weights, gradients, averages
     if device_type!='cuda': state += 4*P+moments                            # a save's copy, in the host's memory
-    if fsdp: state += 8*(embed+2*(P-embed)/c.n_layer)                       # embedding and two blocks, put together
+    together = 4*(embed+2*(P-embed)/c.n_layer)                              # embedding and two blocks
+    if fsdp: state += 2*together                                            # their weights and gradients
+    if device_type=='cpu' and processes>1: state += 5e7 + fsdp*(6*together+(4*P+moments)/processes) # gloo; a save's part
     half = 2 if c.amp in ('bf16', 'fp16') else 4                            # bytes of a factor in a product
     tokens = min(c.micro_batch, -(-c.batch_size//processes))*c.block_size
     layer = 4*(3*c.n_embd+kv) + half*(4*c.n_embd+2*kv+3*c.n_ff)             # norms; what products and attention keep

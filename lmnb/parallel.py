@@ -7,7 +7,7 @@ __all__ = ['TIMEOUT_S', 'World', 'without_numbers', 'join', 'disband']
 
 # %% ../nbs/07_parallel.ipynb #694bb257
 import atexit, os, pickle, threading, time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from inspect import signature
 
@@ -44,10 +44,12 @@ class World:
         keys = [f'{self.asked}/{r}' for r in range(self.size)]
         self.store.set(keys[self.rank], pickle.dumps(mine))
         late = time.monotonic()+TIMEOUT_S
-        while not self.store.check(keys):
-            time.sleep(.01) # not a wait of the store's, in which no signal is heard and no thread can write
-            if time.monotonic()>late: self._refuse_silent(keys); late += TIMEOUT_S
-        return [pickle.loads(self.store.get(k)) for k in keys]
+        try:
+            while not self.store.check(keys):
+                time.sleep(.01) # not a wait of the store's, in which no signal is heard and no thread can write
+                if time.monotonic()>late: self._refuse_silent(keys); late += TIMEOUT_S
+            return [pickle.loads(self.store.get(k)) for k in keys]
+        except dist.DistError as e: raise RuntimeError(f'who kept the list of processes is gone ({plain(e):.60})') from None
 
 # %% ../nbs/07_parallel.ipynb #6ef4424a
 @patch
@@ -197,8 +199,13 @@ def _meet(size, rank):
     return store
 
 def disband():
-    "End torch's group of processes, if there is one."
-    if dist.is_initialized(): dist.destroy_process_group()
+    "End torch's group of processes, if there is one; the first leaves last, since it may keep the store."
+    if not dist.is_initialized(): return
+    store,rank,size = _joined['store'],dist.get_rank(),dist.get_world_size()
+    with suppress(RuntimeError): # one that died says nothing
+        store.set(f'left/{rank}', '')
+        if rank==0: store.wait([f'left/{r}' for r in range(size)], timedelta(seconds=10))
+    dist.destroy_process_group()
 
 # %% ../nbs/07_parallel.ipynb #4833b68a
 @patch
@@ -236,9 +243,8 @@ def whereabouts(self:World)->tuple: # text; the silent ones' ranks
     "How far each process came, and who is silent."
     def look(): return [self.store.get(k).decode().split() if self.store.check([k]) else ['?'] for k in keys]
     keys = [f'at/{r}' for r in range(self.size)]
-    before = look()
-    time.sleep(3)
-    now = look()
+    try: before,now = look(),time.sleep(3) or look()
+    except dist.DistError: return f'process {self.rank} at step {self.step}, the first one gone',{0} # it kept the store
     silent = {r for r in range(self.size) if now[r]==before[r]}
     return ', '.join(f'process {r} at step {at[0]}{" (silent)"*(r in silent)}' for r,at in enumerate(now)),silent
 

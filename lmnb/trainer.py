@@ -408,7 +408,7 @@ def _why(self:Trainer, e)->str:
     at,silent = self.world.whereabouts()
     if silent: # torch's words for it are many
         late = re.search('timed out|timeout', str(e), re.I)
-        cause = f'Timed out after {TIMEOUT_S:.0f} s' if late else re.sub(r'^.*?] ', '', str(e))[:60]
+        cause = f'Timed out after {TIMEOUT_S:.0f} s' if late else re.sub(r'^.*?] |\. .*', '', str(e))[:60]
         why = f'the processes lost each other ({cause})'
     why = f'{why}; by what each said last, {at}'
     alone_left = self.world.rank and silent.issuperset(range(self.world.rank)) # those before it are gone

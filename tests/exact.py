@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,12 @@ import time
 import traceback
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 
-os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')
+os.environ.update(OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR')
 
 import torch
 from conftest import write_text
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 
 import lmnb.checkpoint
 import lmnb.engine
+import lmnb.parallel
 from lmnb import Trainer, load_checkpoint, preset
 from lmnb.check import differences
 from lmnb.checkpoint import describe
@@ -60,6 +62,8 @@ class Case:
     training: dict = field(default_factory=dict)  # settings beside `TINY`
     changes: dict = field(default_factory=dict)   # run-time settings that each resume changes
     listeners: int = 0                            # of which the first one raises
+    processes: int = 1                            # that train together
+    parallel: str = None                          # how: ddp or fsdp
 
 
 # How a session ends ---------------------------------------------------------------------------------------------------
@@ -122,6 +126,7 @@ ENDS = {
     'kill -9 between two names': lambda f: f.in_save('link', f.kill),
     'kill -9 by the clock': lambda f: f.by_the_clock(),
 }
+OF_THE_FIRST = 'in a save', 'after a skip', 'disk full', 'kill -9 in half a file', 'kill -9 before a rename', 'kill -9 between two names'
 FILES = ('latest', 'step', 'auto', 'best', 'trunk', 'final', 'folder', 'lone file', 'moved folder', '_orig_mod.', 'module.')
 
 
@@ -147,8 +152,22 @@ def ended(pid):
 def forked(act, log): return ended(fork(act, log))
 
 
-def train(prepare, batches, how=None, at=0, listeners=0):
-    "Fit what `prepare` makes and end as `how` says; 0: finished, 3: stopped, 1: failed."
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+def forked_together(n, act, log):
+    "Run `act(rank)` in `n` children that find each other; their numbers."
+    port = free_port()
+    def one(rank):
+        lmnb.parallel.TIMEOUT_S = 30
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        return act(rank)
+    return [ended(pid) for pid in [fork(partial(one, rank), log) for rank in range(n)]]
+
+
+def train(prepare, batches, how=None, at=0, listeners=0, doomed=0, rank=0):
+    "Fit what `prepare` makes and end as `how` says, if this is the `doomed` process; 0: finished, 3: stopped, 1: failed."
     torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.**20, growth_interval=5)  # updates are skipped all along
     def note(tokens, k, *rest):
         x, y = fetch(tokens, k, *rest)
@@ -157,11 +176,12 @@ def train(prepare, batches, how=None, at=0, listeners=0):
     fetch, lmnb.engine.get_batch = lmnb.engine.get_batch, note
     heard = [lambda e: 1/0, *[lambda e: None]*(listeners-1)][:listeners]
     t = prepare(listeners=heard, quiet=True)
-    if how:
+    if how and rank == doomed:
         fate = Fate(how, t.step+at, t.run.path)
         wrap(lmnb.engine, 'get_batch', lambda tokens, k, *rest: setattr(fate, 'step', k))
     try: t.fit(max_minutes=1e-9 if how == 'max-minutes' else None)
     except TrainingFailed as e: print(e); return 1
+    lmnb.parallel.disband()
     return 3 if t.interrupted else 0
 
 
@@ -194,14 +214,19 @@ class Chain:
 
     def session(self, source, total, how, after):
         "One process, from the file `source` or the beginning; its code."
+        many, n = dict(parallel=self.case.parallel), self.case.processes
         def prepare(**kw):
-            if source is None: return Trainer(self.config, self.run, **kw)
-            return Trainer.resume(source, self.run, extend_steps=total, **self.case.changes, **kw)
+            if source is None: return Trainer(self.config, self.run, **many, **kw)
+            return Trainer.resume(source, self.run, extend_steps=total, **self.case.changes, **many, **kw)
         self.used['in all', 'sessions'] += 1
         batches = self.root/f'batches{self.used["in all", "sessions"]}.txt'
-        code = forked(partial(train, prepare, batches, how, after, self.case.listeners), self.root/'said.txt')
+        doomed = 0 if how in OF_THE_FIRST else after % n
+        act = partial(train, prepare, batches, how, after, self.case.listeners, doomed)
+        codes = [forked(act, self.root/'said.txt')] if n == 1 else forked_together(n, lambda r: act(rank=r), self.root/'said.txt')
+        code = codes[doomed] or max(codes)
         may = {'kill': -9, 'an error': 1, 'disk full': 1}.get(how and how.split(' -9')[0], 3)
-        assert code in ({0, may} if how else {0}), f'{how}: code {code}\n{self.said()}'
+        others = {code, 1} if may in (-9, 1) else {code}  # those that lost one end with an error
+        assert code in ({0, may} if how else {0}) and set(codes) <= others, f'{how}: codes {codes}\n{self.said()}'
         if code: self.used['stopped by', how] += 1
         return code
 
@@ -273,9 +298,10 @@ class Lab:
         "The training of `plan` in a session a segment, every step saved; kept, since many chains share it."
         first, *more = plan.segments
         legs = (Leg(first['max_steps']), *(Leg(s['max_steps'], str(s['from_step'])) for s in more))
-        key = repr((legs, case.training))
+        many = dict(processes=case.processes, parallel=case.parallel)
+        key = repr((legs, case.training, many))
         if key not in self.known:
-            chain = Chain(Case(legs, case.training), self.root/f'straight{len(self.known)}', self.text, save_interval=1)
+            chain = Chain(Case(legs, case.training, **many), self.root/f'straight{len(self.known)}', self.text, save_interval=1)
             self.known[key] = chain.play()
         return self.known[key]
 
@@ -357,10 +383,13 @@ def main(chains=200, start=0):
         used.update(chain.used if chain else {})
         used.update((k, str(v)) for k, v in case.training.items())
         used.update(('changed at each resume', k) for k in case.changes)
+        used['processes', f'{case.processes} {case.parallel or ""}'.strip()] += 1
         used.update({('in all', 'extensions'): len(case.legs)-1, ('listeners, of which the first raises', str(case.listeners)): 1})
 
     choose = random.Random(start).choice
-    for _ in range(chains): play(make_case(choose))
+    for _ in range(chains):
+        n, kind = choose([(1, None)]*16+[*product((2, 4), ('ddp', 'fsdp'))])
+        play(replace(make_case(choose), processes=n, parallel=kind))
     for optimizer, amp in product(('muon', 'adamw'), ('off', 'bf16')):
         stops = (('SIGTERM', 7, 'latest'), ('kill -9 in a step', 6, 'lone file'))
         play(Case((Leg(24, None, stops), Leg(40, 'trunk', stops)), dict(compile=True, optimizer=optimizer, amp=amp, dropout=.2)))

@@ -34,8 +34,8 @@ def lab(tmp_path_factory): return Lab(tmp_path_factory.mktemp('lab'))
 @pytest.fixture
 def same(lab, tmp_path):
     "Play a case; it must end in the undisturbed bits."
-    def check(*legs, changes={}, listeners=0, **training):
-        wrong, chain = lab.check(Case(legs, training, changes, listeners), tmp_path/'chain')
+    def check(*legs, changes={}, listeners=0, processes=1, parallel=None, **training):
+        wrong, chain = lab.check(Case(legs, training, changes, listeners, processes, parallel), tmp_path/'chain')
         assert wrong == [] and chain.used['in all', 'checkpoints compared']
         return chain
     return check
@@ -46,6 +46,14 @@ def test_however_it_stopped(same, how):
     amp = 'fp16' if how == 'after a skip' else PRECISIONS[list(ENDS).index(how) % 3]
     stops = ((how, 6, 'latest'), (how, 9, 'latest'), (how, 2, 'latest'))
     assert same(Leg(30, stops=stops), amp=amp, **DROPOUT).used['stopped by', how] or how == 'kill -9 by the clock'  # may come too late
+
+
+@pytest.mark.parametrize('parallel, processes, optimizer', [('ddp', 2, 'muon'), ('fsdp', 2, 'adamw'), ('fsdp', 4, 'muon')])
+def test_in_many_processes(same, parallel, processes, optimizer):
+    "One of them is stopped or killed, once the first, which then takes the list of all with it; then the trunk is extended."
+    stops = (('SIGTERM', 3, 'latest'), ('kill -9 in a step', 6, 'latest'), ('kill -9 in half a file', 4, 'latest'))
+    chain = same(Leg(24, stops=stops), Leg(32, 'trunk'), processes=processes, parallel=parallel, optimizer=optimizer, **DROPOUT)
+    assert chain.used['in all', 'sessions'] == 5
 
 
 @pytest.mark.parametrize('file', FILES)
