@@ -149,6 +149,7 @@ def launch(
     new_run:bool=False,           # set aside the run that is there
     allow_new_data:bool=False,    # resume with other data
     processes:int=1,              # on this machine, by torchrun, to share each batch
+    init=None,                    # a Hugging Face folder to begin with, as in `Trainer`
     parallel:str=None,            # what they share: ddp (the work) or fsdp (the model too); None: ddp
     **sets,                       # settings, as `--set` takes them
 )->'Background':
@@ -161,6 +162,7 @@ def launch(
     ckpt = describe(run.find(resume)) if resume not in (None, 'latest-or-new') else None
     if resume is None and not new_run: run.refuse_new_run()
     flags = ['--new-run']*new_run + ['--allow-new-data']*allow_new_data + ['--parallel', parallel]*bool(parallel)
+    flags += ['--init-from', str(init)]*bool(init)
     many = ['torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m'] if processes>1 else []
     words = train_words(run, config, resume, extend_steps, sets)+flags
     command = [sys.executable, '-m', *many, 'lmnb.cli', 'train', *words]

@@ -51,6 +51,7 @@ def train_parser(prog='lmnb-train')->Parser:
     add('--tokenizer', metavar='FILE', help=help['tokenizer'])
     add('--checkpoint-dir', metavar='DIR', help="folder of the run (default: checkpoints, or the resumed checkpoint's)")
     add('--resume', metavar='WHAT', help='a path, a step, latest, best, trunk, final, or latest-or-new')
+    add('--init-from', metavar='DIR', help='begin with the weights, shape and tokenizer of a Hugging Face folder (Qwen3)')
     add('--extend-steps', metavar='N', type=_setting('max_steps'), help='with --resume: the new total of steps')
     add('--max-minutes', metavar='M', type=float, help='save and end after so many minutes, with exit code 0')
     for name in _AS_FLAG:
@@ -94,17 +95,21 @@ def _train(a, stop)->int:
         raise ValueError(f'--max-minutes {a.max_minutes} must be above 0')
     if a.extend_steps is not None and not a.resume: raise ValueError('--extend-steps needs --resume; else --max-steps')
     if a.allow_new_data and not a.resume: raise ValueError('--allow-new-data goes with --resume')
-    if a.new_run and a.resume not in (None, 'latest-or-new'): raise ValueError('--new-run goes without --resume')
+    if a.resume not in (None, 'latest-or-new'):
+        if a.new_run: raise ValueError('--new-run goes without --resume')
+        if a.init_from: raise ValueError('--init-from begins a run; it goes without --resume, or with latest-or-new')
     given = {k:v for k in (*_AS_FLAG, 'data', 'tokenizer', 'compile') if (v := getattr(a, k)) is not None}
     sets = parse_settings(a.set)|given
-    config = preset(a.config or 'medium', **({} if a.resume else sets)) # refused before torch is imported
-    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel)
+    name,new = a.config or 'medium',sets if a.init_from or not a.resume else {}
+    if a.init_from: from lmnb.pretrained import preset_from
+    config = preset_from(a.init_from, name, **new) if a.init_from else preset(name, **new) # refused before torch is there
+    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel, init=a.init_from)
     from lmnb.rundir import CODES
     with stop.interruptible(): # nothing is at stake before the first step
         from lmnb.parallel import disband
         from lmnb.trainer import Trainer
         if a.resume:
-            t = Trainer.resume(a.resume, a.checkpoint_dir, a.extend_steps, a.config and config,
+            t = Trainer.resume(a.resume, a.checkpoint_dir, a.extend_steps, (a.config or a.init_from) and config,
                                allow_new_data=a.allow_new_data, **common, **sets)
         else: t = Trainer(config, a.checkpoint_dir or 'checkpoints', **common)
     t.fit()

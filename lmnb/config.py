@@ -22,6 +22,9 @@ class ExperimentConfig:
     n_head:int = 6              # attention heads per block
     n_kv_head:int = 0           # key and value heads per block, a divisor of n_head; 0: as many as n_head
     n_embd:int = 384            # width of the residual stream, C
+    head_size:int = 0           # channels of a head, D; 0: n_embd over n_head
+    intermediate_size:int = 0   # width of the feed-forward, a multiple of 8; 0: 8/3 of n_embd, up to such a multiple
+    rope_theta:float = 10000.0  # base of the rotary positions' angles
     dropout:float = 0.0         # share of activations dropped in training
 
     data:str = 'stdlib'         # text file, folder, glob, FILE:COLUMN of .jsonl or .csv, train.bin folder, or stdlib
@@ -60,15 +63,13 @@ class ExperimentConfig:
 
 # %% ../nbs/00_config.ipynb #57c9c5ef
 @patch(as_prop=True)
-def head_dim(self:ExperimentConfig)->int: return self.n_embd//self.n_head
+def head_dim(self:ExperimentConfig)->int: return self.head_size or self.n_embd//self.n_head
 @patch(as_prop=True)
 def n_kv(self:ExperimentConfig)->int: return self.n_kv_head or self.n_head
 @patch(as_prop=True)
 def micro_batch(self:ExperimentConfig)->int: return self.micro_batch_size or self.batch_size
 @patch(as_prop=True)
-def n_ff(self:ExperimentConfig)->int:
-    "SwiGLU's width: 8/3 of C, up to a multiple of 8."
-    return -(-8*self.n_embd//3//8)*8
+def n_ff(self:ExperimentConfig)->int: return self.intermediate_size or -(-8*self.n_embd//3//8)*8
 @patch(as_prop=True)
 def n_params(self:ExperimentConfig)->int:
     "Parameters: the embedding, what stands in the blocks with two norms each, and the last norm."
@@ -94,7 +95,8 @@ _CHOICES = dict(optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine'), bin_dty
                 device=('auto', 'cpu', 'cuda', 'mps'), amp=('auto', 'off', 'bf16', 'fp16'))
 _MANY = 10**12 # of anything: a file from a stranger must not ask for all memory
 _BOUNDS = dict(vocab_size=(2, 2**24), block_size=(1, 2**20), n_layer=(1, 2**14), n_head=(1, _MANY),
-               n_kv_head=(0, _MANY), n_embd=(2, _MANY), dropout=(0, .99), val_fraction=(.0001, .9),
+               n_kv_head=(0, _MANY), n_embd=(2, _MANY), head_size=(0, _MANY), intermediate_size=(0, _MANY),
+               rope_theta=(2, _MANY), dropout=(0, .99), val_fraction=(.0001, .9),
                weight_decay=(0, math.inf), grad_clip=(0, math.inf), batch_size=(1, 2**20), micro_batch_size=(0, _MANY),
                warmup_steps=(0, _MANY), max_steps=(1, _MANY), cooldown_frac=(0, 1), min_lr_frac=(0, 1),
                seed=(0, _MANY), save_interval=(1, _MANY), save_minutes=(0, math.inf), eval_interval=(1, _MANY),
@@ -111,9 +113,10 @@ def _complaints(c):
     if not all(0<=b<1 for b in c.betas): wrong.append(f'betas={c.betas} must each be at least 0 and below 1')
     if c.keep_last==1: wrong.append('keep_last=1 would leave a single checkpoint: 0 keeps all, 2 or more the last ones')
     if wrong: return wrong
-    if c.n_embd%c.n_head: wrong.append(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
-    elif c.head_dim%2:
-        wrong.append(f'n_embd={c.n_embd} over n_head={c.n_head} gives heads of {c.head_dim}; it must be an even number')
+    if not c.head_size and c.n_embd%c.n_head:
+        wrong.append(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
+    elif c.head_dim%2: wrong.append(f'heads of {c.head_dim} channels: head_size, or n_embd over n_head, must be even')
+    if c.n_ff%8: wrong.append(f'intermediate_size={c.n_ff} must be a multiple of 8')
     if c.n_head%c.n_kv: wrong.append(f'n_kv_head={c.n_kv_head} must divide n_head={c.n_head}')
     if c.micro_batch>c.batch_size: wrong.append(f'micro_batch_size={c.micro_batch} is above batch_size={c.batch_size}')
     return wrong

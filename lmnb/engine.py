@@ -323,7 +323,7 @@ def load(self:Engine,
     name:str,   # of its file, for errors
 ):
     "Copy a checkpoint's numbers into the running objects; a `ValueError` names what does not fit."
-    copy_tensors(f'{name}: model_state_dict', saved['model_state_dict'], self.model.state_dict())
+    self.begin_with(saved['model_state_dict'], f'{name}: model_state_dict')
     try:
         load_optim_state(self.model, self.opts, saved['optimizer_state_dict'])
         if self.scaler.is_enabled() and (scale := saved.get('scaler_state_dict')): self.scaler.load_state_dict(scale)
@@ -331,7 +331,16 @@ def load(self:Engine,
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{name}: its optimizer or scaler cannot be read ({type(e).__name__}: {e})') from None
     moments = (t for s in optim_state(self.model, self.opts)['state'].values() for t in s.values())
-    self.world.from_first(t for t in (*self.model.parameters(), *moments) if not is_spread(t))
+    self.world.from_first(t for t in moments if not is_spread(t))
+
+@patch
+def begin_with(self:Engine,
+    weights:dict, # name to tensor
+    name:str,     # of where they are from, for errors
+):
+    "Copy weights into the model; a `ValueError` names what does not fit."
+    copy_tensors(name, weights, self.model.state_dict())
+    self.world.from_first(p for p in self.model.parameters() if not is_spread(p))
 
 # %% ../nbs/09_engine.ipynb #553f5ff9
 @patch

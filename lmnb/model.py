@@ -42,9 +42,10 @@ class RMSNorm(nn.RMSNorm):
 def rotary_table(
     n:int,        # positions
     head_dim:int, # channels of a head, D
+    theta:float=10_000., # base of the angles
 )->tuple: # cos and sin, each (n, D) float32
     "Cosine of every position's angles, and sine with the sign that it has for a channel: minus in the first half."
-    freq = 10_000.**-(torch.arange(0, head_dim, 2).float()/head_dim)
+    freq = theta**-(torch.arange(0, head_dim, 2).float()/head_dim)
     angle = torch.outer(torch.arange(n).float(), freq)
     return angle.cos().repeat(1, 2),torch.cat((-angle.sin(), angle.sin()), -1)
 
@@ -153,7 +154,7 @@ class GPT(nn.Module):
             self.embed = nn.Embedding(config.vocab_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
-        for name,table in zip(('cos', 'sin'), rotary_table(config.block_size, config.head_dim)):
+        for name,table in zip(('cos', 'sin'), rotary_table(config.block_size, config.head_dim, config.rope_theta)):
             self.register_buffer(name, table, persistent=False)
         if self.embed.weight.device.type!='meta': self.init_weights(config.seed)
 
@@ -185,7 +186,7 @@ class GPT(nn.Module):
 def flops_per_token(config:ExperimentConfig)->float:
     "Floating-point operations of one training step, per token."
     norms = config.n_embd+2*config.n_layer*(config.n_embd+config.head_dim)
-    return 6*(config.n_params-norms) + 12*config.n_layer*config.block_size*config.n_embd
+    return 6*(config.n_params-norms) + 12*config.n_layer*config.block_size*config.n_head*config.head_dim
 
 # %% ../nbs/02_model.ipynb #bb1a4023
 def memory_needed(
@@ -201,7 +202,8 @@ def memory_needed(
     if device_type!='cuda': state += 4*P+moments                            # a save's copy, in the host's memory
     together = 4*(embed+2*(P-embed)/c.n_layer)                              # embedding and two blocks
     if fsdp: state += 2*together                                            # their weights and gradients
-    if device_type=='cpu' and processes>1: state += 5e7 + fsdp*(6*together+(4*P+moments)/processes) # gloo; a save's part
+    gloo = 5e7 + fsdp*(6*together+(4*P+moments)/processes)                  # and a save's share
+    if device_type=='cpu' and processes>1: state += gloo
     half = 2 if c.amp in ('bf16', 'fp16') else 4                            # bytes of a factor in a product
     tokens = min(c.micro_batch, -(-c.batch_size//processes))*c.block_size
     layer = 4*(3*c.n_embd+kv) + half*(4*c.n_embd+2*kv+3*c.n_ff)             # norms; what products and attention keep

@@ -49,7 +49,7 @@ class World:
                 time.sleep(.01) # not a wait of the store's, in which no signal is heard and no thread can write
                 if time.monotonic()>late: self._refuse_silent(keys); late += TIMEOUT_S
             return [pickle.loads(self.store.get(k)) for k in keys]
-        except dist.DistError as e: raise RuntimeError(f'who kept the list of processes is gone ({plain(e):.60})') from None
+        except dist.DistError as e: raise RuntimeError(f'the first process is gone ({plain(e):.60})') from None
 
 # %% ../nbs/07_parallel.ipynb #6ef4424a
 @patch

@@ -21,6 +21,7 @@ from .engine import Band, Engine, on_threads, return_memory
 from .history import Console, Events, backfill, in_notebook, keep_record, out_of_memory, plain, program, say
 from .optim import local
 from .parallel import TIMEOUT_S, join, without_numbers
+from .pretrained import pretrained_weights
 from .rundir import (AUTO, BEGAN, CODES, WORDS, Heartbeat, RunDir, RunExists, Stop, Stopped, from_here, home_of, is_ours,
                          step_name)
 from .schedule import Plan, plan_from
@@ -34,6 +35,7 @@ class Trainer(GetAttr):
     def __init__(self,
         config:ExperimentConfig,
         checkpoint_dir='checkpoints', # folder of the run
+        init=None,                    # a Hugging Face folder whose weights to begin with; see `preset_from`
         listeners=(),                 # called with each event, in threads of their own
         new_run:bool=False,           # set aside the run that is there
         stop:Stop=None,               # whose wish to end is heard; made if not given
@@ -43,10 +45,12 @@ class Trainer(GetAttr):
         self.world = join(parallel)
         self.run,self.where = RunDir(checkpoint_dir),'new run' if new_run else 'new' # or as `home_of` says
         if not new_run: self.world.first(self.run.refuse_new_run)
+        weights = init and self.world.first(lambda: pretrained_weights(init, config), without_numbers)
         self._setup(listeners, stop, quiet, config)
+        if init: self.engine.begin_with(weights, init)
         self.plan,self.parent,self.done = Plan.straight(self.config),None,False
         self.lacks,self.software = [],self.engine.surroundings() # that what is gone on from had
-        self._join([])
+        self._join([], **({'init':str(init)} if init else {}))
 
     def __repr__(self):
         return f'Trainer({self.run}, step {self.step} of {self.plan.max_steps}, {self.config.amp} on {self.device})'
@@ -87,10 +91,12 @@ def new_id()->str: return uuid4().hex[:12]
 @patch
 def _join(self:Trainer,
     line:list, # a checkpoint's lineage; empty: nothing before us
+    **more,    # to be told of the segment
 ):
     "Go on with a new segment at the end of `line`; in another folder it begins another run."
     run_id = None if self.where=='branch' or not line else line[-1].get('run_id')
-    segment = dict(id=new_id(), parent=line[-1]['id'] if line else None, from_step=self.step, run_id=run_id or new_id())
+    segment = dict(id=new_id(), parent=line[-1]['id'] if line else None, from_step=self.step, run_id=run_id or new_id(),
+                   **more)
     if self.engine.new_data: segment['new_data'] = self.corpus.fingerprint
     self.lineage = [*line, segment]
 
@@ -488,6 +494,7 @@ def resume(cls:Trainer,
     tokenizer:str=None,            # tokenizer.json, for a file that carries none
     allow_new_data:bool=False,     # go on with other contents
     new_run:bool=False,            # for latest-or-new: set aside what is there and begin anew
+    init=None,                     # for latest-or-new: what to begin with, as in `Trainer`
     listeners=(), stop:Stop=None, quiet:bool=False, parallel:str=None, # as in `Trainer`
     **changes,                     # run-time settings; one that would change the trajectory is refused
 )->Trainer:
@@ -498,7 +505,7 @@ def resume(cls:Trainer,
             new = dict(max_steps=extend_steps or None, data=data, tokenizer=tokenizer)
             new = {k:v for k,v in new.items() if v is not None}
             config = override(config or preset(), **(changes|new))
-            return cls(config, run.path, listeners, new_run, stop, quiet, parallel)
+            return cls(config, run.path, init, listeners, new_run, stop, quiet, parallel)
         what,config = 'latest',None
     path,saved,home = world.first(lambda: _found(run, what, checkpoint_dir), without_numbers)
     self = cls.__new__(cls)
