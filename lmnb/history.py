@@ -65,7 +65,7 @@ def _event(line):
     "The event of a line, or None."
     try: e = json.loads(line, parse_int=_int)
     except (ValueError, RecursionError): return None
-    if not isinstance(e, dict) or e.get('kind') not in KINDS or not isinstance(e.get('segment'), str): return None
+    if not isinstance(e, dict) or e.get('kind') not in [*KINDS] or not isinstance(e.get('segment'), str): return None
     try:
         e['time'] = float(e.get('time', 0))
         if e['kind'] in ('train', 'val'): e.update(step=int(np.int64(int(e['step']))), loss=float(e['loss']))
