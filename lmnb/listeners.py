@@ -65,11 +65,13 @@ class TensorBoard:
         self.path,new = folder/f'events.out.tfevents.{n:010}{mine}',folder/f'{e["run_id"]}.tmp'
         points = _points(files)
         back = any(step>e['step'] for _,step in points)
-        kept = [_record(session_log=dict(status=1)), *(p for (_,step),p in points.items() if step<=e['step'])]
+        kept = [p for (_,step),p in points.items() if back and step<=e['step']]
+        mark = dict(step=0 if back else e['step']+1, session_log=dict(status=1)) # voids what is there from that step on
+        head = [_record(wall_time=e['time'], **x) for x in (dict(file_version='brain.Event:2'), mark)]
         new.unlink(missing_ok=True)
-        _append(new, _record(file_version='brain.Event:2'), *kept*back)
+        _append(new, *head, *kept)
         os.replace(new, self.path)
-        for f in files*back: f.unlink()
+        for f in files*back: os.truncate(f, 0) # a TensorBoard that looks on wants it there
 
 def _record(**fields)->bytes:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -81,13 +83,13 @@ def _append(path, *records):
         for r in records: RecordWriter(f).write(r)
 
 def _points(files)->dict: # first tag and step to the record
-    "What event files show; the mark of a file that took the place of those before (status 1) voids them."
+    "What event files show."
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     points = {}
     for record in (r for f in files for r in RawEventFileLoader(str(f)).Load()):
         e = Event.FromString(record)
-        if e.HasField('session_log'): points.clear()
+        if e.HasField('session_log'): points = {k:p for k,p in points.items() if k[1]<e.step}
         elif e.summary.value: points[e.summary.value[0].tag, e.step] = record
     return points
 
