@@ -45,8 +45,8 @@ KINDS = dict(
     end=dict(step=int))
 
 # %% ../nbs/05_history.ipynb #eda5f294
-def to_line(event:dict)->bytes:
-    "One event as a line of strict JSON."
+def to_line(event)->bytes:
+    "One event, or whatever else JSON can say, as a line of strict JSON."
     return json.dumps(_strict(event), allow_nan=False, separators=(',', ':')).encode()+b'\n'
 
 def _strict(x):

@@ -7,7 +7,6 @@ __all__ = ['CSV', 'TensorBoard', 'replay']
 
 # %% ../nbs/06_listeners.ipynb #1fb4866d
 import csv, math, os, time
-from importlib.util import find_spec
 from pathlib import Path
 
 from .history import EVERY, KINDS, last_step_of, load_history, owner
@@ -45,7 +44,8 @@ class TensorBoard:
     "Write scalars for `tensorboard --logdir`; of a run that was taken back each step is shown once."
     FIELDS = ('loss', 'lr', 'grad_norm', 'tok_per_s')
     def __init__(self, log_dir='tb'): # where another run's files are: ours go to a folder in it, named by the `run_id`
-        if not find_spec('tensorboard'): raise ImportError("no tensorboard here: pip install 'lmnb[tensorboard]'")
+        try: import tensorboard.summary.writer.record_writer # not only `tensorboard`: any folder may be called so
+        except ImportError: raise ImportError("no tensorboard here: pip install 'lmnb[tensorboard]'") from None
         self.log_dir = Path(log_dir).expanduser().absolute()
 
     def __call__(self, e):

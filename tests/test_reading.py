@@ -74,3 +74,18 @@ def test_endless_numbers_in_run_json(field, tmp_path):
     (tmp_path/'run.json').write_text(json.dumps(about | {field: 10**400}))
     c = condition(tmp_path)
     assert all(abs(x) < 2**63 for x in (c.step, c.max_steps, c.pid or 0, c.heard)), c
+
+
+def test_runs_for_a_program(copy, call):
+    (copy/'best_model.pt').unlink()
+    (copy/'best_model.pt').write_bytes(b'PK no more')
+    [run] = json.loads(call('--json', copy, cwd=copy.parent, program='runs').out, parse_constant=pytest.fail)
+    assert (run['path'], run['state'], run['step'], run['max_steps']) == (str(copy), 'finished', 300, 300)
+    last, *_, bad = run['checkpoints']
+    assert last['names'] == ['final_model.pt'] and not last['best'] and last['error'] is None
+    assert last['step'] == 300 and last['epoch'] >= 0 and last['val_loss'] > last['best_val_loss']-1e-9 and last['size'] > 1000
+    assert last['path'] == str(copy/'final_model.pt') and last['lineage'][0]['from_step'] == 0
+    assert bad['best'] and 'best_model.pt' in bad['error'] and bad['step'] is None
+    (copy.parent/'empty').mkdir()
+    assert json.loads(call(copy.parent/'empty', '--json', cwd=copy, program='runs').out) == []
+    assert call('--json', '--tree', cwd=copy, program='runs').code == 2
