@@ -231,7 +231,11 @@ def _listen(self:Events, f):
 
 @patch
 def _drop(self:Events, listener, why):
-    if listener in self.heard: self.heard.remove(listener); self._lost(listener[0], why)
+    "Call it no more, and say so once."
+    with self.lock:
+        if listener not in self.heard: return
+        self.heard.remove(listener)
+    self._lost(listener[0], why)
 
 @patch
 def _lost(self:Events, f, why):
@@ -248,7 +252,7 @@ def close(self:Events, wait_s:float=5.)->bool:
         if not thread.is_alive(): continue
         self._drop((f, q, thread), f'not done {wait_s:g} s after the end')
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        thread.join(.2)
+        thread.join(.2) # it may be at a line of Python
     done = self.flush()
     self._let_go()
     return done

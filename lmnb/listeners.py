@@ -36,14 +36,19 @@ class CSV:
             rows = csv.reader(old)
             if (head := next(rows, self.COLUMNS))!=self.COLUMNS: raise ValueError(f'{self.path} is another table')
             with open(new, 'w', newline='') as f:
-                csv.writer(f).writerows([head, *(r for r in rows if len(r)==len(head) and counts(r))])
+                csv.writer(f).writerow(head)
+                csv.writer(f).writerows(r for r in rows if len(r)==len(head) and counts(r))
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(new, self.path)
 
 # %% ../nbs/06_listeners.ipynb #bd46238f
 class TensorBoard:
     "Write scalars for `tensorboard --logdir`; of a run that was taken back each step is shown once."
     FIELDS = ('loss', 'lr', 'grad_norm', 'tok_per_s')
-    def __init__(self, log_dir='tb'): # where another run's files are: ours go to a folder in it, named by the `run_id`
+    def __init__(self,
+        log_dir='tb', # folder; where it holds another run's files, ours go to one in it, named by the `run_id`
+    ):
         try: import tensorboard.summary.writer.record_writer # not only `tensorboard`: any folder may be called so
         except ImportError: raise ImportError("no tensorboard here: pip install 'lmnb[tensorboard]'") from None
         self.log_dir = Path(log_dir).expanduser().absolute()
@@ -104,6 +109,7 @@ def replay(
     for kind,c in dict(train=h.train, val=h.val).items():
         for values in zip(*(x.tolist() for x in c.values())):
             known = {k:v for k,v in zip(c, values) if k=='loss' or not math.isnan(v)}
+            known |= {k:int(v) for k,v in known.items() if KINDS[kind].get(k) is int}
             rows.append(dict(kind=kind, segment=owner(h.lineage, known['step']), **known))
     listener(h.begin|dict(step=0))
     for r in sorted(rows, key=lambda r: (r['step'], r['kind'])): listener({k:h.begin.get(k) for k in EVERY}|r)
