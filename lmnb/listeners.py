@@ -9,6 +9,8 @@ __all__ = ['CSV', 'TensorBoard', 'replay']
 import csv, math, os, time
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .history import EVERY, KINDS, last_step_of, load_history, owner
 
 # %% ../nbs/06_listeners.ipynb #2b1374ac
@@ -59,25 +61,6 @@ class TensorBoard:
             values = [dict(tag=f'{e["kind"]}/{k}', simple_value=e[k]) for k in self.FIELDS if k in e]
             _append(self.path, _record(step=e['step'], wall_time=e['time'], summary=dict(value=values)))
 
-    def _begin(self, e):
-        "Begin a file, after those of earlier sessions or, if the run goes back, in their place."
-        mine,there = f'.{e["run_id"]}',list(self.log_dir.glob('*tfevents*'))
-        own = not there or any(f.suffix==mine for f in there)
-        folder = self.log_dir if own else self.log_dir/e['run_id']
-        folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(folder.glob(f'*tfevents*{mine}'))
-        n = max([int(time.time()), *(int(f.name.split('.')[3])+1 for f in files)]) # they are read in order
-        self.path,new = folder/f'events.out.tfevents.{n:010}{mine}',folder/f'{e["run_id"]}.tmp'
-        points = _points(files)
-        back = any(step>e['step'] for _,step in points)
-        kept = [p for (_,step),p in points.items() if back and step<=e['step']]
-        mark = dict(step=0 if back else e['step']+1, session_log=dict(status=1)) # voids what is there from that step on
-        head = [_record(wall_time=e['time'], **x) for x in (dict(file_version='brain.Event:2'), mark)]
-        new.unlink(missing_ok=True)
-        _append(new, *head, *kept)
-        os.replace(new, self.path)
-        for f in files*back: os.truncate(f, 0) # a TensorBoard that looks on wants it there
-
 def _record(**fields)->bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     return Event(**fields).SerializeToString()
@@ -87,6 +70,7 @@ def _append(path, *records):
     with open(path, 'ab') as f:
         for r in records: RecordWriter(f).write(r)
 
+# %% ../nbs/06_listeners.ipynb #6ce909e0
 def _points(files)->dict: # first tag and step to the record
     "What event files show."
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -97,6 +81,26 @@ def _points(files)->dict: # first tag and step to the record
         if e.HasField('session_log'): points = {k:p for k,p in points.items() if k[1]<e.step}
         elif e.summary.value: points[e.summary.value[0].tag, e.step] = record
     return points
+
+@patch
+def _begin(self:TensorBoard, e):
+    "Begin a file, after those of earlier sessions or, if the run goes back, in their place."
+    mine,there = f'.{e["run_id"]}',list(self.log_dir.glob('*tfevents*'))
+    own = not there or any(f.suffix==mine for f in there)
+    folder = self.log_dir if own else self.log_dir/e['run_id']
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(folder.glob(f'*tfevents*{mine}'))
+    n = max([int(time.time()), *(int(f.name.split('.')[3])+1 for f in files)]) # they are read in order
+    self.path,new = folder/f'events.out.tfevents.{n:010}{mine}',folder/f'{e["run_id"]}.tmp'
+    points = _points(files)
+    back = any(step>e['step'] for _,step in points)
+    kept = [p for (_,step),p in points.items() if back and step<=e['step']]
+    mark = dict(step=0 if back else e['step']+1, session_log=dict(status=1)) # voids what is there from that step on
+    head = [_record(wall_time=e['time'], **x) for x in (dict(file_version='brain.Event:2'), mark)]
+    new.unlink(missing_ok=True)
+    _append(new, *head, *kept)
+    os.replace(new, self.path)
+    for f in files*back: os.truncate(f, 0) # a TensorBoard that looks on wants it there
 
 # %% ../nbs/06_listeners.ipynb #56cedb78
 def replay(
