@@ -14,6 +14,6 @@ setup(
     packages=find_packages(include=['lmnb', 'lmnb.*']),
     package_data={'lmnb': ['*.css']},
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'notebook', 'hf')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'notebook', 'hf', 'tensorboard')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
 )

@@ -6,6 +6,7 @@ import importlib
 _NAMES = {
     'config': ('ExperimentConfig', 'preset'),
     'history': ('load_history',),
+    'listeners': ('TensorBoard', 'CSV', 'replay'),
     'plots': ('plot_runs',),
     'checkpoint': ('load_checkpoint',),
     'rundir': ('list_checkpoints',),

@@ -61,7 +61,8 @@ def condition(
                      host=str(j.get('host')), heard=float(j.get('heartbeat', 0)),
                      step_s=j.get('step_s') and float(j['step_s']))
         if isinstance(about := j.get('versions'), dict): given['processes'] = str(about.get('processes', '1'))[:20]
-        if not math.isfinite(given['heard']+(given['step_s'] or 0)): raise ValueError('not finite')
+        sane = max(abs(given[k]) for k in ('step', 'max_steps', 'pid'))<2**63
+        if not (sane and math.isfinite(given['heard']+(given['step_s'] or 0))): raise ValueError('no such number')
         state = j.get('state')
         if state in ('starting', 'running', 'stopping'):
             if not _lives(j): state = 'unstarted' if state=='starting' else 'died'

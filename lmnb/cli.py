@@ -194,15 +194,16 @@ def runs(argv=None, prog='lmnb-runs'):
     p.add_argument('root', nargs='?', default='.', metavar='ROOT', help='folder to search (default: here)')
     one = p.add_mutually_exclusive_group()
     one.add_argument('--tree', action='store_true', help='every checkpoint below what it came from, as a family tree')
+    one.add_argument('--json', action='store_true', help='all that is known of them, for a program')
     one.add_argument('--stop', metavar='DIR', help='ask the run in DIR to finish its step, save and end')
     raise SystemExit(run(_runs, p.parse_args(argv, argparse.Namespace(prog=prog))))
 
 def _runs(a):
     from lmnb.background import stop
-    from lmnb.runs import runs_table, runs_tree
+    from lmnb.runs import runs_json, runs_table, runs_tree
     if a.stop: return say(stop(os.path.expanduser(a.stop)))
     if not os.path.isdir(os.path.expanduser(a.root)): raise FileNotFoundError(f'no folder {a.root}')
-    say((runs_tree if a.tree else runs_table)(a.root))
+    say((runs_json if a.json else runs_tree if a.tree else runs_table)(a.root))
 
 # %% ../nbs/15_cli.ipynb #e5c6692c
 def export(argv=None, prog='lmnb-export'):

@@ -100,7 +100,7 @@ def _figure(frame, curves, dpi=100, ncols=1):
     "The same as a figure for a cell, with a legend."
     fig,*axes = _axes((6.2, 3.6), dpi, *frame)
     curves(*axes)
-    axes[0].legend(frameon=False, fontsize=8, loc='upper right', ncols=ncols)
+    for t in axes[0].legend(frameon=False, fontsize=8, loc='upper right', ncols=ncols).texts: t.set_parse_math(False)
     return fig
 
 # %% ../nbs/06_plots.ipynb #2ee9402f
@@ -184,16 +184,18 @@ def runs_picture(
     across:str='steps',   # steps, tokens or time (minutes)
     log:bool=False,       # logarithmic loss
 )->tuple: # as `run_picture`
-    "Curves of several runs: lines are training, dots validation, the first is blue and thickest."
+    "Curves of several runs: lines are training, dots validation, faint what was left behind; the first is thickest."
     if across not in ACROSS: raise ValueError(f'across={across!r} must be one of {", ".join(ACROSS)}')
     looks = [(BLUE, '-'), *((c, ls) for ls in ('-', '--', ':') for c in OTHERS)] # by colour, then by style
     rows = [(n, h, smooth(h.train['loss']), *(_along(c, h, across) for c in (h.train, h.val))) for n,h in runs.items()]
-    end = max([x[-1] for *_,a,b in rows for x in (a, b) if len(x)], default=1)
+    left = [[(_along(t, h, across), t['loss']) for t in map(thin, h.behind)] for h in runs.values()]
+    end = max([x[-1] for (*_,a,b),olds in zip(rows, left) for x in (a, b, *(x for x,_ in olds)) if len(x)], default=1)
     def curves(loss, lr):
         for i,(name,h,smoothed,x,xv) in enumerate(rows):
             color,ls = looks[i%len(looks)]
             t = thin(dict(x=x, smooth=smoothed, lr=h.train['lr']))
-            loss.plot(t['x'], t['smooth'], ls, color=color, lw=1 if i else 1.6, label=name)
+            for old in left[i]: loss.plot(*old, color=color, lw=.5, alpha=.35)
+            loss.plot(t['x'], t['smooth'], ls, color=color, lw=1 if i else 1.6, label=f' {name}') # none begins with _
             loss.plot(xv, h.val['loss'], 'o', color=color, ms=1.8 if i else 2.6)
             lr.plot(t['x'], t['lr'], ls, color=color, lw=1 if i else 1.4)
     ranges = _loss_range(*map(np.concatenate, zip(*((s, x, h.val['loss']) for _,h,s,x,_ in rows))), end)
@@ -203,7 +205,8 @@ def _along(columns, h, across):
     "The x axis of some columns; a validation's tokens are those of its step."
     if across=='steps': return columns['step']
     if across=='time': return (columns['time']-h.train['time'][:1].sum())/60
-    return np.interp(columns['step'], h.train['step'], h.train['tokens']) if len(h.train['step']) else columns['step']
+    if 'tokens' in columns or not len(h.train['step']): return columns.get('tokens', columns['step'])
+    return np.interp(columns['step'], h.train['step'], h.train['tokens'])
 
 def plot_runs(
     runs,                # folders of runs, or one
@@ -211,7 +214,10 @@ def plot_runs(
 )->Figure:
     "Curves of several runs; a `ValueError` names what `across` may be, `FileNotFoundError` a folder without events."
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    return _figure(*runs_picture({Path(r).name:load_history(r) for r in runs}, across, log))
+    paths = [Path(r).expanduser().absolute() for r in runs]
+    names = [p.name for p in paths]
+    if len(set(names))<len(names): names = map(str, runs)
+    return _figure(*runs_picture(dict(zip(names, map(load_history, paths))), across, log))
 
 # %% ../nbs/06_plots.ipynb #d33bafbb
 class CellDisplay:

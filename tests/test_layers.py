@@ -27,10 +27,10 @@ def test_imports_point_down(module):
     assert all(ORDER[u] < ORDER[module] for u in used), used
 
 
-@pytest.mark.parametrize('module', ['config', 'data', 'schedule', 'history', 'checkpoint', 'rundir', 'background', 'cli',
+@pytest.mark.parametrize('module', ['config', 'data', 'schedule', 'history', 'listeners', 'checkpoint', 'rundir', 'background', 'cli',
                                     '__init__'])
 def test_no_torch_at_the_top(module):
-    slow = {'torch', 'matplotlib', 'fastprogress', 'IPython', 'tokenizers'}
+    slow = {'torch', 'matplotlib', 'fastprogress', 'IPython', 'tokenizers', 'pandas', 'tensorboard'}
     assert not {i.split('.')[0] for i in imports(root/'lmnb'/f'{module}.py', top_only=True)} & slow
 
 
@@ -42,7 +42,8 @@ def loaded(code):
 
 
 def test_listing_runs_needs_no_torch(tmp_path):
-    assert not loaded(f'import lmnb, lmnb.cli, lmnb.runs; print(lmnb.runs.runs_tree({str(tmp_path)!r}))') & {'torch', 'matplotlib'}
+    shown = '; '.join(f'print(lmnb.runs.runs_{how}({str(tmp_path)!r}))' for how in ('table', 'tree', 'json'))
+    assert not loaded(f'import lmnb, lmnb.cli, lmnb.runs; {shown}') & {'torch', 'matplotlib'}
 
 
 TRAIN = """
