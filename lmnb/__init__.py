@@ -2,9 +2,11 @@
 __version__ = "0.2.0"
 
 import importlib
+import inspect
 
 _NAMES = {
     'config': ('ExperimentConfig', 'preset'),
+    'pretrained': ('preset_from',),
     'history': ('load_history',),
     'listeners': ('TensorBoard', 'CSV', 'replay'),
     'plots': ('plot_runs',),
@@ -22,8 +24,18 @@ __all__ = list(_WHERE)
 def __getattr__(name):
     "A public name, from the module that has it: `import lmnb` alone imports neither torch nor matplotlib."
     if name in ('load_checkpoint', 'Trainer', 'sample'): importlib.import_module('lmnb.model')  # torch.load knows our config
-    if name in _WHERE: return getattr(importlib.import_module(f'lmnb.{_WHERE[name]}'), name)
+    if name in _WHERE: return globals().setdefault(name, _told(getattr(importlib.import_module(f'lmnb.{_WHERE[name]}'), name)))
     raise AttributeError(f'module lmnb has no attribute {name!r}')
+
+
+def _told(obj):
+    "Bring into `help()` what stands beside each parameter in the source, of a class' public methods, too."
+    from fastcore.docments import docments
+    methods = [m for n, m in vars(obj).items() if n[0] != '_'] if inspect.isclass(obj) else []
+    for f in (obj, *filter(inspect.isfunction, (getattr(m, '__func__', m) for m in methods))):
+        rows = [f'{k}: {text}' for k, text in docments(f).items() if text]
+        f.__doc__ = '\n'.join([f.__doc__, '', *rows])
+    return obj
 
 
 def __dir__(): return sorted([*globals(), *__all__])

@@ -152,9 +152,9 @@ def launch(
     processes:int=1,              # on this machine, by torchrun, to share each batch
     init=None,                    # a Hugging Face folder to begin with, as in `Trainer`
     parallel:str=None,            # what they share: ddp (the work) or fsdp (the model too); None: ddp
-    **sets,                       # settings, as `--set` takes them
-)->'Background':
-    "Start `lmnb-train` as a process of its own; `RunBusy`, `RunExists`, `NotFound` or an `OSError` if it cannot be."
+    **sets,
+)->'Background': # a handle on it
+    "Start `lmnb-train` with settings `sets` as a process; `RunBusy`, `RunExists`, `NotFound` or an `OSError` if not."
     run = RunDir(checkpoint_dir)
     if processes<1 or processes==1 and parallel=='fsdp':
         raise ValueError(f'processes={processes} must be at least {1+(parallel=="fsdp")}')

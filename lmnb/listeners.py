@@ -46,7 +46,7 @@ class CSV:
 
 # %% ../nbs/06_listeners.ipynb #bd46238f
 class TensorBoard:
-    "Write scalars for `tensorboard --logdir`; of a run that was taken back each step is shown once."
+    "Write scalars for `tensorboard --logdir`; a resumed step is shown once; an `ImportError` without tensorboard."
     FIELDS = ('loss', 'lr', 'grad_norm', 'tok_per_s')
     def __init__(self,
         log_dir='tb', # folder; where it holds another run's files, ours go to one in it, named by the `run_id`

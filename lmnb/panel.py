@@ -316,7 +316,9 @@ def _check_one(self:ResumePanel, v):
     if todo: describe(todo[0].path, check=True); v.known = None
 
 @patch
-def name(self:ResumePanel, v:Background)->str:
+def name(self:ResumePanel,
+    v:Background, # one of its runs
+)->str:
     "A run's name: its folder as seen from `root`."
     path = v.run.path
     return path.resolve().name if path==self.root else str(path.relative_to(self.root))
@@ -502,7 +504,9 @@ def resume(self:ResumePanel,
 
 @patch
 def start(self:ResumePanel,
-    preset_name:str='medium', data:str='stdlib', max_steps:int=None,
+    preset_name:str='medium', # one of `PRESETS`
+    data:str='stdlib',        # as `--data`
+    max_steps:int=None,       # updates in the whole run; None: the preset's
     folder:str='',            # below `root`; empty: named after data and preset
     overrides:str='',         # `key=value` pairs
 ):
@@ -517,7 +521,9 @@ def start(self:ResumePanel,
         self.show(launch(self.root/folder, preset_name, **sets).run)
 
 @patch
-def stop(self:ResumePanel, kill:bool=False):
+def stop(self:ResumePanel,
+    kill:bool=False, # end it at once; what was not saved is lost
+):
     "Ask the run that is shown to finish its step, save and end; a `RuntimeError` if nothing runs."
     with self.lock:
         stop(self.shown.run, kill)
@@ -585,8 +591,12 @@ def _asking(self:ResumePanel,
 
 # %% ../nbs/12_panel.ipynb #cf40b0b9
 @patch
-def sample(self:ResumePanel, prompt:str='', max_tokens:int=100, temperature:float=.8):
-    "Write text with the chosen checkpoint; it appears in the panel."
+def sample(self:ResumePanel,
+    prompt:str='',        # where to begin
+    max_tokens:int=100,   # how many to write, at most
+    temperature:float=.8, # 0 is greedy
+):
+    "Write text with the chosen checkpoint, into the panel; a `ValueError` if none is chosen."
     with self.lock:
         if (c := self._chosen(self.shown)) is None: raise ValueError('choose a checkpoint first')
         if self.writing: self.writing[0].kill()

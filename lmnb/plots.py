@@ -41,9 +41,13 @@ def thin(columns:dict, n:int=1000)->dict:
 BLUE,PALE,INK,SOFT,GREY = '#0072B2','#A9CDE6','#333333','#666666','#BBBBBB'
 OTHERS = ('#C8690A', '#7A4FA3', '#3B7D5C') # compared runs, in order; further ones by line style
 
+class _Shown(Figure):
+    "A figure that a cell shows, whether or not pyplot is there."
+    def _repr_png_(self): return png(self)
+
 def _axes(size, dpi, end, low, high, peak, log):
     "A figure on a transparent ground, its axes from 0 to `end`: loss from `low` to `high`, learning rate to `peak`."
-    fig = Figure(figsize=size, dpi=dpi)
+    fig = _Shown(figsize=size, dpi=dpi)
     FigureCanvasAgg(fig)
     fig.patch.set_alpha(0)
     loss,lr = (fig.add_axes((.1, y, .84, h), facecolor='none') for y,h in ((.365, .615), (.075, .17)))
@@ -208,10 +212,12 @@ def _along(columns, h, across):
     if 'tokens' in columns or not len(h.train['step']): return columns.get('tokens', columns['step'])
     return np.interp(columns['step'], h.train['step'], h.train['tokens'])
 
+# %% ../nbs/06_plots.ipynb #49898696
 def plot_runs(
     runs,                # folders of runs, or one
-    across:str='steps', log:bool=False, # as in `runs_picture`
-)->Figure:
+    across:str='steps',  # steps, tokens or time (minutes)
+    log:bool=False,      # logarithmic loss
+)->Figure: # loss above, learning rate below; a cell shows it
     "Curves of several runs; a `ValueError` names what `across` may be, `FileNotFoundError` a folder without events."
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
     paths = [Path(r).expanduser().absolute() for r in runs]

@@ -59,7 +59,7 @@ def stream_sample(
 def sample(
     what='latest', # a checkpoint file, a run's folder, or a word of `Trainer.resume`
     prompt:str='', # where to begin
-    **kw,          # as `stream_sample` has them
-)->str:
-    "Text that a checkpoint writes after `prompt`, the prompt included."
+    **kw,
+)->str: # the prompt and what follows
+    "Text that a checkpoint writes; `max_tokens temperature top_k seed device` and errors as `stream_sample` has them."
     return prompt+''.join(stream_sample(what, prompt, **kw))

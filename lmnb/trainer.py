@@ -33,7 +33,7 @@ class Trainer(GetAttr):
     "A run in a folder, ready to `fit()`; errors that a user can cause are `ValueError`s of one line."
     _default,_xtra = 'engine',('config', 'device', 'corpus', 'tokenizer', 'model', 'evaluate') # the engine's
     def __init__(self,
-        config:ExperimentConfig,
+        config:ExperimentConfig,      # the whole run; `auto` in its device and amp is settled here
         checkpoint_dir='checkpoints', # folder of the run
         init=None,                    # a Hugging Face folder whose weights to begin with; see `preset_from`
         listeners=(),                 # called with each event, in threads of their own
@@ -495,7 +495,10 @@ def resume(cls:Trainer,
     allow_new_data:bool=False,     # go on with other contents
     new_run:bool=False,            # for latest-or-new: set aside what is there and begin anew
     init=None,                     # for latest-or-new: what to begin with, as in `Trainer`
-    listeners=(), stop:Stop=None, quiet:bool=False, parallel:str=None, # as in `Trainer`
+    listeners=(),                  # called with each event, in threads of their own
+    stop:Stop=None,                # whose wish to end is heard; made if not given
+    quiet:bool=False,              # show warnings and the end only
+    parallel:str=None,             # how processes that torchrun started share the work: ddp or fsdp
     **changes,                     # run-time settings; one that would change the trajectory is refused
 )->Trainer:
     "Go on with a run; `NotFound`, `CheckpointError` and `ValueError` say in a line what is wrong and what there is."
