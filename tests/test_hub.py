@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tree
+from conftest import powerless, train, tree
 
 from lmnb import Trainer, load_checkpoint, preset, sample
 from lmnb.hub import export
@@ -68,6 +68,13 @@ def test_no_half_folder(copy, tmp_path, monkeypatch, spoil, said):
         monkeypatch.setattr('lmnb.hub.curves', full)
     with pytest.raises((ValueError, OSError), match=said): export(file, tmp_path/'out'/'model')
     assert not (tmp_path/'out').exists() or not list((tmp_path/'out').iterdir())
+
+
+def test_a_target_that_cannot_be_written(short, tmp_path):
+    (tmp_path/'locked').mkdir(mode=0o555)
+    done = train('checkpoints', tmp_path/'locked'/'model', cwd=short.cwd, program='lmnb-export', limit=powerless)
+    assert done.code == 2 and done.err.startswith(f'lmnb-export: Permission denied: {tmp_path}/locked/') and done.err.count('\n') == 1
+    assert list((tmp_path/'locked').iterdir()) == []
 
 
 def test_every_parameter_has_a_name(short):
