@@ -111,9 +111,9 @@ def trouble(v:Background, state:str)->str:
 # %% ../nbs/12_panel.ipynb #ec0092a9
 def exactness(v:Background, c:Checkpoint)->str:
     "What a resume from `c` would be, as far as versions and the last run here tell."
-    here = dict(lmnb=__version__, torch=torch_version())
+    here,then = dict(lmnb=__version__, torch=torch_version(), processes='1'),dict(processes='1')|c.software
     if threads := os.environ.get('OMP_NUM_THREADS'): here['threads'] = threads # else the run takes the checkpoint's
-    differs = [f'{k} {c.software.get(k, "unknown")} → {x}' for k,x in here.items() if str(c.software.get(k))!=x]
+    differs = [f'{k} {then.get(k, "unknown")} → {x}' for k,x in here.items() if str(then.get(k))!=x]
     if differs: return f'Not exact here ({escape(", ".join(differs))}): bits may differ.'
     device = (v.begin.get('versions') or {}).get('device') # of the last run here
     known = device and device==c.software.get('device') and v.now.host==socket.gethostname()

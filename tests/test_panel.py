@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import powerless
 
 from lmnb.background import condition
 from lmnb.checkpoint import describe
-from lmnb.panel import ResumePanel
+from lmnb.panel import ResumePanel, exactness
 from lmnb.rundir import RunDir, started_at
 
 
@@ -31,6 +32,13 @@ def usable(p):
     "Choosing and typing still work."
     p.origin.value, p.extend.value = '250', '400'
     assert p.resume_button.description == 'Resume at 250, go to 400' and not p.resume_button.disabled
+
+
+def test_a_resume_in_fewer_processes_is_no_exact_one(panel):
+    v = panel.shown
+    c = v.find('latest')
+    assert 'exact' in exactness(v, c) and 'processes' not in exactness(v, c)
+    assert 'Not exact here (processes 2 (ddp) → 1)' in exactness(v, replace(c, software=c.software | dict(processes='2 (ddp)')))
 
 
 def test_a_folder_without_runs(tmp_path):
