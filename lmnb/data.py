@@ -154,9 +154,10 @@ def _dataset(source):
         if split not in splits: raise ValueError(f'no split {split!r}; there are {", ".join(splits)}')
         ds = splits[split]
     else:
-        owner,*rest = name.split('/', 2)
-        at = dict(path=str(path.parent), data_files=path.name) if path.is_file() else dict(path=str(path))
-        if not path.exists(): at = dict(path='/'.join([owner, *rest[:1]]), name=next(iter(rest[1:]), None))
+        parts = name.split('/')
+        if path.is_file(): at = dict(path=str(path.parent), data_files=path.name)
+        elif path.exists(): at = dict(path=str(path))
+        else: at = dict(path='/'.join(parts[:2]), name='/'.join(parts[2:]) or None)
         ds = datasets.load_dataset(**at, split=split, streaming=path.exists() or kind=='hf-stream')
     features = ds.features or ds._resolve_features().features # a stream of lines has none before it is looked at
     return features.arrow_schema,lambda column: (b[column] for b in ds.select_columns([column]).iter(100))

@@ -68,6 +68,20 @@ def test_refused_in_a_line(source, words, here, call, tmp_path):
     assert all(w in done.err for w in [source.removesuffix(':body'), *words]) and tree(tmp_path) == before, done.err
 
 
+@pytest.mark.parametrize('source, asked', [
+    ('hf:plain', dict(path='plain', name=None, split='train', streaming=False)),
+    ('hf:owner/name:test:text', dict(path='owner/name', name=None, split='test', streaming=False)),
+    ('hf-stream:owner/name/part', dict(path='owner/name', name='part', split='train', streaming=True)),
+    ('hf:folder', dict(path='{here}/folder', split='train', streaming=True)),  # what is here is not copied
+    ('hf:rows.csv', dict(path='{here}', data_files='rows.csv', split='train', streaming=True))])
+def test_what_the_library_is_asked_for(source, asked, here, monkeypatch):
+    calls = []
+    def load(**kw): calls.append(kw); return datasets.load_from_disk(here/'saved')
+    monkeypatch.setattr(datasets, 'load_dataset', load)
+    contents(source)
+    assert calls == [{k: v.format(here=here) if isinstance(v, str) else v for k, v in asked.items()}]
+
+
 @pytest.mark.parametrize('source, module', [('hf:saved', 'datasets'), ('rows.parquet', 'pyarrow')])
 def test_a_missing_extra_is_named(source, module, monkeypatch):
     for m in (module, f'{module}.parquet'): monkeypatch.setitem(sys.modules, m, None)
