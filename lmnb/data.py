@@ -147,6 +147,7 @@ def _parquet(path):
 def _dataset(source):
     "The same of a Hugging Face data set; what lies here is read where it lies."
     datasets,(kind,name,split) = _extra('datasets'),(*source.split(':', 3), '')[:3]
+    if int(datasets.__version__.split('.')[0])<4: raise ImportError("it takes datasets>=4: pip install 'lmnb[hf]'")
     path,split = Path(name).expanduser().absolute(),split or 'train'
     if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): # as `save_to_disk` leaves them
         ds = datasets.load_from_disk(path)

@@ -88,6 +88,11 @@ def test_a_missing_extra_is_named(source, module, monkeypatch):
     with pytest.raises(ValueError, match=rf"{source} cannot be read: it takes {module}: pip install 'lmnb\[hf\]'"): contents(source)
 
 
+def test_a_version_that_could_run_foreign_code_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, '__version__', '3.6.0')
+    with pytest.raises(ValueError, match='hf:saved cannot be read: it takes datasets>=4'): contents('hf:saved')
+
+
 def config(source): return preset('small', data=source, vocab_size=300, block_size=16)
 
 
