@@ -9,9 +9,11 @@ __all__ = ['PIECE', 'SOFT', 'EOT', 'BLOCK', 'stdlib_files', 'find_files', 'read_
            'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
-import codecs, csv, glob, gzip, hashlib, io, itertools, json, os, shutil, sys, sysconfig, tempfile, threading, zlib
+import codecs, csv, glob, gzip, hashlib, io, itertools, json, os, shutil, sys, sysconfig
+import tempfile, threading, time, zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -31,30 +33,32 @@ def stdlib_files()->list:
     return sorted((p.relative_to(root).as_posix(), p) for p in found if wanted(p))
 
 def find_files(
-    source:str, # 'stdlib', a file, a folder, a glob, or FILE:COLUMN of a .jsonl or .csv
-)->tuple: # list of (relative name, path), and the column or None
+    source:str, # 'stdlib', a file, a folder, a glob, FILE:COLUMN of a .jsonl, .csv or .parquet, or hf:NAME
+)->tuple: # list of (relative name, path or hf: source), and the column: None for plain text, '' for the one there is
     "Resolve `source`; a `FileNotFoundError` or `ValueError` names it and says what is accepted."
     if source=='stdlib': return stdlib_files(),None
+    if source.startswith(('hf:', 'hf-stream:')): return [(source, source)],(*source.split(':', 3), '', '')[3]
     path,(name,_,column) = Path(source).expanduser(),source.rpartition(':')
     if path.is_dir(): found = [(p.relative_to(path), p) for p in path.rglob('*')]
-    elif path.is_file(): return [(path.name, path)],None
+    elif path.is_file(): return [(path.name, path)],'' if _is_table(path) else None
     elif set(source)&set('*?['): # named from the last folder before the first wildcard
         root = Path(*itertools.takewhile(lambda part: not set(part)&set('*?['), path.parts))
         found = [(p.relative_to(root), p) for p in map(Path, glob.glob(str(path), recursive=True))]
     elif not (path := Path(name).expanduser()).is_file():
         raise FileNotFoundError(f'data not found: {source} (looked in {Path.cwd()}); give a file, a folder, a glob, '
-                                'FILE:COLUMN or stdlib')
-    elif _has_columns(path.name): return [(path.name, path)],column
-    else: raise ValueError(f'{source}: a column can be read from .jsonl and .csv; convert {path.name} to one of them')
+                                'FILE:COLUMN, hf:NAME or stdlib')
+    elif _has_columns(path.name) or _is_table(path): return [(path.name, path)],column
+    else: raise ValueError(f'{source}: a column can be read from .jsonl, .csv and .parquet; convert {path.name} to one')
     files = sorted((n.as_posix(), p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in n.parts))
     if not files: raise FileNotFoundError(f'no text files in {source}: give a file, a folder, or a glob ("**/*.txt")')
     return files,None
 
 def _has_columns(name): return name.removesuffix('.gz').endswith(('.jsonl', '.csv'))
+def _is_table(path): return isinstance(path, str) or path.suffix.lower()=='.parquet' # no text, but rows that hold some
 
 # %% ../nbs/01_data.ipynb #58af9e86
 PIECE,SOFT = 1_000_000,100_000 # characters of a piece: at most, and where lines allow
-_REFUSED = {'.parquet':'convert it to .jsonl', '.pdf':'extract its text', '.docx':'save it as text',
+_REFUSED = {'.parquet':'give hf:FOLDER or FILE:COLUMN', '.pdf':'extract its text', '.docx':'save it as text',
             **dict.fromkeys(('.zip', '.tar', '.xz', '.bz2', '.zst', '.tgz'), 'unpack it'),
             **dict.fromkeys(('.pt', '.safetensors'), 'leave it out')}
 _BOMS = [(codecs.BOM_UTF8, 'utf-8'), (codecs.BOM_UTF32_LE, 'utf-32-le'), (codecs.BOM_UTF32_BE, 'utf-32-be'),
@@ -102,15 +106,16 @@ def cut(blocks):
 # %% ../nbs/01_data.ipynb #5286a0bf
 def documents(files:list, column:str=None, note=lambda line: None):
     "All pieces of all documents, with a `None` between two documents."
-    def of(path): return [read_blocks(path, note)] if column is None else ([row] for row in _rows(path, column))
+    def rows(path): return _table_rows(path, column) if _is_table(path) else _rows(path, column, note)
+    def of(path): return [read_blocks(path, note)] if column is None else ([row] for row in rows(path))
     for i,doc in enumerate(doc for _,path in files for doc in of(path)):
         if i: yield None
         yield from cut(doc)
 
-def _rows(path, column):
+def _rows(path, column, note):
     "One field of each row of a `.jsonl` or `.csv`; a `ValueError` names the row that lacks it."
     csv.field_size_limit(2**31-1)
-    lines,is_csv,i = read_blocks(path, lines=True),path.name.removesuffix('.gz').endswith('.csv'),0
+    lines,is_csv,i = read_blocks(path, note, lines=True),path.name.removesuffix('.gz').endswith('.csv'),0
     rows = csv.DictReader(lines) if is_csv else (json.loads(l) for l in lines if l.strip())
     try:
         for i,row in enumerate(rows, 1):
@@ -127,6 +132,67 @@ def fingerprint(pieces)->tuple:
 
 def _bytes(piece): # 0xff is in no UTF-8 text
     return b'\xff' if piece is None else piece.encode('utf-8', 'surrogatepass')
+
+# %% ../nbs/01_data.ipynb #66c80132
+def _extra(module):
+    "A module of the extra `hf`."
+    try: return import_module(module)
+    except ImportError: raise ImportError(f"it takes {module.split('.')[0]}: pip install 'lmnb[hf]'") from None
+
+def _parquet(path):
+    "The schema of a file, and a function that gives a column in batches."
+    f = _extra('pyarrow.parquet').ParquetFile(path)
+    return f.schema_arrow,lambda column: (b.column(0).to_pylist() for b in f.iter_batches(100, columns=[column]))
+
+def _dataset(source):
+    "The same of a Hugging Face data set; what lies here is read where it lies."
+    datasets,(kind,name,split) = _extra('datasets'),(*source.split(':', 3), '')[:3]
+    if int(datasets.__version__.split('.')[0])<4: raise ImportError("it takes datasets>=4: pip install 'lmnb[hf]'")
+    path,split = Path(name).expanduser().absolute(),split or 'train'
+    if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): # as `save_to_disk` leaves them
+        ds = datasets.load_from_disk(path)
+        splits = ds if isinstance(ds, dict) else {str(ds.split or split):ds}
+        if split not in splits: raise ValueError(f'no split {split!r}; there are {", ".join(splits)}')
+        ds = splits[split]
+    else:
+        parts = name.split('/')
+        if path.is_file(): at = dict(path=str(path.parent), data_files=path.name)
+        elif path.exists(): at = dict(path=str(path))
+        else: at = dict(path='/'.join(parts[:2]), name='/'.join(parts[2:]) or None)
+        ds = datasets.load_dataset(**at, split=split, streaming=path.exists() or kind=='hf-stream')
+    features = ds.features or ds._resolve_features().features # a stream of lines has none before it is looked at
+    return features.arrow_schema,lambda column: (b[column] for b in ds.select_columns([column]).iter(100))
+
+# %% ../nbs/01_data.ipynb #454cf912
+def _table_rows(where, column):
+    "One column of text, a row at a time; a `ValueError` names the source, and the row that was the last one."
+    i = 0
+    try:
+        schema,batches = (_parquet if isinstance(where, Path) else _dataset)(where)
+        column = _text_column({f.name:str(f.type) for f in schema}, column)
+        for i,row in enumerate(itertools.chain.from_iterable(batches(column)), 1): yield row or ''
+    except Exception as e: # whatever a disk, a network or a format brings up
+        at = f' beyond row {i}' if i else ''
+        raise ValueError(f'{where} cannot be read{at}: {" ".join(str(e).split()) or type(e).__name__:.300}') from e
+
+def _text_column(kinds, column):
+    "The column to read, of those with their `kinds`: the one named, `text`, or the only text."
+    texts = [k for k,kind in kinds.items() if kind in ('string', 'large_string', 'string_view')]
+    column = column or (texts[0] if len(texts)==1 else 'text')
+    if column in texts: return column
+    there = ', '.join(f'{k} ({kind})' for k,kind in kinds.items())
+    raise ValueError(f'no column {column!r} of text; name one that is: {there}')
+
+# %% ../nbs/01_data.ipynb #4157143f
+def _told(pieces, note, doing, size=0):
+    "`pieces` as they are; `note` is told from time to time how many MB of `size` (0: unknown) have passed."
+    t0,after_s,n = time.monotonic(),10,0
+    for p in pieces:
+        yield p
+        n += len(_bytes(p))
+        if (s := time.monotonic()-t0)<after_s: continue
+        note(f'{doing}: {n/1e6:,.0f}{f" of {size/1e6:,.0f}" if size else ""} MB in {s:.0f} s')
+        after_s = s+min(s, 60)
 
 # %% ../nbs/01_data.ipynb #d694cdf1
 EOT = '<|endoftext|>'
@@ -394,18 +460,19 @@ def _text_ids(config, where, tokenizer, known, root, note):
     files,column = find_files(where)
     if raw := [n for n,_ in files if column is None and _has_columns(n)]:
         note(f'{raw[0]} is trained on as it stands, syntax included; {where}:COLUMN reads one field.')
-    contents,size = fingerprint(documents(files, column, note))
+    contents,size = fingerprint(_told(documents(files, column, note), note, f'Reading {where}'))
     _same_contents(contents, where, known)
     if tokenizer is None:
         path = root/f'{contents}-{config.vocab_size}.tokenizer'
         if (tokenizer := kept_tokenizer(path)) is None:
             note(f'Training a tokenizer on {where} ({size/1e6:,.1f} MB), once.')
-            tokenizer = keep_tokenizer(path, train_tokenizer(documents(files, column), size, config.vocab_size))
+            text = _told(documents(files, column), note, 'Training a tokenizer', size)
+            tokenizer = keep_tokenizer(path, train_tokenizer(text, size, config.vocab_size))
     def pieces():
         note(f'Encoding {where} ({size/1e6:,.1f} MB), once.')
         if (free := shutil.disk_usage(root).free)<size:
             note(f'{root} has {free/1e9:.1f} GB free, the tokens may take {size/1e9:.1f}; LMNB_CACHE names a folder.')
-        return documents(files, column)
+        return _told(documents(files, column), note, f'Encoding {where}', size)
     return contents,tokenizer,[token_file(root, contents, tokenizer, pieces)]
 
 # %% ../nbs/01_data.ipynb #233aeba7

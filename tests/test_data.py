@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmnb.config import preset
-from lmnb.data import find_files, load_corpus, read_blocks
+from lmnb.data import documents, find_files, load_corpus, read_blocks
 
 PEAK = r'''
 import re, sys
@@ -66,6 +66,13 @@ def test_half_a_token_file_is_never_taken_for_a_whole_one(tmp_path, config):
     file, = (tmp_path/'cache').glob('*/tokens.bin')
     file.write_bytes(file.read_bytes()[:-100])
     assert np.array_equal(load_corpus(here, note=lambda _: None).train, whole)
+
+
+def test_rows_of_another_encoding_are_told_once(tmp_path):
+    (tmp_path/'r.csv').write_bytes('n,text\n1,déjà\n2,vu\n'.encode('utf-16'))
+    said = []
+    assert [p for p in documents(*find_files(f'{tmp_path}/r.csv:text'), said.append) if p] == ['déjà', 'vu']
+    assert len(said) == 1 and 'r.csv is read as UTF-16-LE' in said[0]
 
 
 def test_bin_folder(tmp_path, config):

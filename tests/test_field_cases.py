@@ -223,7 +223,7 @@ def test_columns_and_compressed_files(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, column, word', [
-    ('a.parquet', b'PAR1', '', 'jsonl'), ('a.zip', b'PK\3\4', '', 'unpack'), ('a.txt', b'PK\3\4\0\0'*99, '', 'binary'),
+    ('a.parquet', b'PAR1', '', 'cannot be read'), ('a.zip', b'PK\3\4', '', 'unpack'), ('a.txt', b'PK\3\4\0\0'*99, '', 'binary'),
     ('a.gz', b'no gzip', '', '.gz'), ('a.csv', b'a,b\n1,2\n', ':c', 'it has a, b'),
     ('a.jsonl', b'{"a": 1}\n', ':b', 'it has a'), ('a.jsonl', b'{"a": 1}\n{"a": \n', ':a', 'row 2'),
     ('a.csv', 'a\ndéjà\n'.encode('latin-1'), ':a', 'UTF-8'),
