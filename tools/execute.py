@@ -1,4 +1,4 @@
-"Runs notebooks from top to bottom and keeps their outputs: `python tools/execute.py nbs/train.ipynb`. They leave no files."
+"Runs notebooks from top to bottom and keeps their outputs: `python tools/execute.py nbs/train.ipynb`."
 import os
 import sys
 import tempfile
