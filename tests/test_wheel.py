@@ -55,7 +55,7 @@ def test_what_is_in_the_source_distribution(built):
     root, = (built.site.parent/'unpacked').iterdir()
     def files(top):
         found = [p.relative_to(top) for p in top.rglob('*') if p.is_file()]
-        return {str(p) for p in found if not {*p.parts} & MADE}
+        return {str(p) for p in found if not {*p.parts} & MADE and not any(s.startswith('.') for s in p.parts)}
     for folder in ('nbs', 'tests', 'tools', 'bench'): assert files(root/folder) == files(ROOT/folder), folder
     assert built.sdist.stat().st_size < 3_000_000
 
