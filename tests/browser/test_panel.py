@@ -125,7 +125,9 @@ def test_two_tabs(show, run):
 
 def test_death(show, run):
     panel = show()
-    os.kill(begin(panel, run), signal.SIGKILL)
+    pid = begin(panel, run)
+    lab.until(lambda: list_checkpoints(run)[0].step > 300)  # an extension counts from its first save
+    os.kill(pid, signal.SIGKILL)
     panel.says('.lm-head', 'Died at', s=5)
     saved = list_checkpoints(run)[0].step
     panel.says('.lm-meta', f'Last save: step {saved:,}.')
