@@ -23,8 +23,10 @@ __all__ = list(_WHERE)
 
 def __getattr__(name):
     "A public name, from the module that has it: `import lmnb` alone imports neither torch nor matplotlib."
-    if name in ('load_checkpoint', 'Trainer', 'sample'): importlib.import_module('lmnb.model')  # torch.load knows our config
-    if name in _WHERE: return globals().setdefault(name, _told(getattr(importlib.import_module(f'lmnb.{_WHERE[name]}'), name)))
+    if name in ('load_checkpoint', 'Trainer', 'sample'): importlib.import_module('lmnb.model')  # torch.load opens ours
+    if name in _WHERE:
+        module = importlib.import_module(f'lmnb.{_WHERE[name]}')
+        return globals().setdefault(name, _told(getattr(module, name)))
     raise AttributeError(f'module lmnb has no attribute {name!r}')
 
 

@@ -51,7 +51,7 @@ def train_parser(prog='lmnb-train')->Parser:
     add('--tokenizer', metavar='FILE', help=help['tokenizer'])
     add('--checkpoint-dir', metavar='DIR', help="folder of the run (default: checkpoints, or the resumed checkpoint's)")
     add('--resume', metavar='WHAT', help='a path, a step, latest, best, trunk, final, or latest-or-new')
-    add('--init-from', metavar='DIR', help='begin with the weights, shape and tokenizer of a Hugging Face folder (Qwen3)')
+    add('--init-from', metavar='DIR', help='begin with weights, shape and tokenizer of a Hugging Face folder (Qwen3)')
     add('--extend-steps', metavar='N', type=_setting('max_steps'), help='with --resume: the new total of steps')
     add('--max-minutes', metavar='M', type=float, help='save and end after so many minutes, with exit code 0')
     for name in _AS_FLAG:
@@ -102,7 +102,7 @@ def _train(a, stop)->int:
     sets = parse_settings(a.set)|given
     name,new = a.config or 'medium',sets if a.init_from or not a.resume else {}
     if a.init_from: from lmnb.pretrained import preset_from
-    config = preset_from(a.init_from, name, **new) if a.init_from else preset(name, **new) # refused before torch is there
+    config = preset_from(a.init_from, name, **new) if a.init_from else preset(name, **new) # before torch
     common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel, init=a.init_from)
     from lmnb.rundir import CODES
     with stop.interruptible(): # nothing is at stake before the first step

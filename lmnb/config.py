@@ -27,7 +27,7 @@ class ExperimentConfig:
     rope_theta:float = 10000.0  # base of the rotary positions' angles
     dropout:float = 0.0         # share of activations dropped in training
 
-    data:str = 'stdlib'         # text file, folder, glob, FILE:COLUMN, hf:NAME[:SPLIT[:COLUMN]], train.bin folder, stdlib
+    data:str = 'stdlib'         # file, folder, glob, FILE:COLUMN, hf:NAME[:SPLIT[:COLUMN]], train.bin folder, or stdlib
     tokenizer:str = ''          # tokenizer.json to use; empty: train one on the data
     val_fraction:float = 0.05   # share of the tokens, from the end, held out for validation
     bin_dtype:str = 'uint16'    # type of the ids in a train.bin folder: uint16 or uint32

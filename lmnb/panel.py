@@ -533,7 +533,8 @@ def stop(self:ResumePanel,
 # %% ../nbs/12_panel.ipynb #13c5266c
 @patch
 def _free_name(self:ResumePanel, name:str)->str:
-    "`name`, or with the first number that is not taken."
+    "`name`, or with the first number that is not taken; a colon is for no folder everywhere."
+    name = name.replace(':', '-')
     return next(n for n in (name, *(f'{name}-{i}' for i in range(2, 10_000))) if not (self.root/n).exists())
 
 @patch

@@ -195,7 +195,7 @@ def _meet(size, rank):
         store,_,_ = next(dist.rendezvous('env://', timeout=wait))
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=wait)
     except (ValueError, RuntimeError) as e: # among them torch's DistError
-        raise ValueError(f'the {size} processes did not come together: {plain(e):.160}. Start them with torchrun') from None
+        raise ValueError(f'the {size} processes did not come together: {plain(e):.160}. Start with torchrun') from None
     return store
 
 def disband():
@@ -236,7 +236,7 @@ def keep_telling(self:World, every_s:float=1.):
             except RuntimeError: return # the store is gone, and with it those who would read
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
-    atexit.register(lambda: (self.over.set(), thread.join(5))) # a thread that is in torch when Python goes aborts the process
+    atexit.register(lambda: (self.over.set(), thread.join(5))) # one that is in torch when Python goes aborts it all
 
 @patch
 def whereabouts(self:World)->tuple: # text; the silent ones' ranks

@@ -41,16 +41,18 @@ def hf_config(config:ExperimentConfig)->dict:
 
 def _shape(path)->tuple: # sizes by the names here, the longest sequence
     "What a folder's `config.json` says; a `ValueError` names all that cannot be expressed here."
-    try: there = _SILENT|json.loads((path/'config.json').read_text(encoding='utf-8'))
-    except FileNotFoundError: raise FileNotFoundError(f'{path} has no config.json: it is no Hugging Face folder') from None
-    except (OSError, ValueError, TypeError) as e: raise ValueError(f'{path/"config.json"} cannot be read ({e})') from None
+    file = path/'config.json'
+    if not file.is_file(): raise FileNotFoundError(f'{path} has no config.json: it is no Hugging Face folder')
+    try: there = _SILENT|json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError, TypeError) as e: raise ValueError(f'{file} cannot be read ({e})') from None
     wrong = [f'{k}={there[k]!r} (here it is {v!r})' for k,v in _FIXED.items() if there[k]!=v]
     rope = there.get('rope_parameters') or there.get('rope_scaling') or {}
     if (kind := rope.get('rope_type', rope.get('type', 'default')))!='default': wrong.append(f'rope_type={kind!r}')
     wrong += [f'no {k}' for k in _SIZES.values() if k not in there]
     if wrong: raise ValueError(f'{path} holds a model that cannot be trained here: {", ".join(wrong)}')
-    theta = rope.get('rope_theta', there.get('rope_theta', 10_000))
-    return {ours:there[theirs] for ours,theirs in _SIZES.items()}|dict(rope_theta=float(theta)),there['max_position_embeddings']
+    sizes = {ours:there[theirs] for ours,theirs in _SIZES.items()}
+    theta = float(rope.get('rope_theta', there.get('rope_theta', 10_000)))
+    return dict(sizes, rope_theta=theta),there['max_position_embeddings']
 
 # %% ../nbs/08_pretrained.ipynb #f57f8320
 def preset_from(
@@ -89,7 +91,8 @@ def pretrained_weights(
     if lost := set(names.values())-there.keys(): raise ValueError(f'{folder} lacks {len(lost)} weights: {min(lost)}')
     if more := there.keys()-set(names.values()): raise ValueError(f'{folder} has weights too many: {min(more)}')
     out = {ours:there[theirs].float() for ours,theirs in names.items()}
-    if bad := [names[k] for k,t in out.items() if not t.isfinite().all()]: raise ValueError(f'{folder}: {bad[0]} is not finite')
+    bad = next((names[k] for k,t in out.items() if not t.isfinite().all()), None)
+    if bad: raise ValueError(f'{folder}: {bad} is not finite')
     return out
 
 def _tensors(path)->dict:
@@ -102,6 +105,6 @@ def _tensors(path)->dict:
         if index.exists(): files = [path/n for n in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
         for f in files: out |= load_file(f)
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path} has no model.safetensors; transformers writes one with save_pretrained') from None
-    except (OSError, ValueError, KeyError, SafetensorError) as e: raise ValueError(f'{f}: cannot be read ({e})') from None
+        raise FileNotFoundError(f'{path} has no model.safetensors; save_pretrained of transformers writes one') from None
+    except (OSError, ValueError, KeyError, SafetensorError) as e: raise ValueError(f'{f} cannot be read: {e}')
     return out

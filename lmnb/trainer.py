@@ -517,6 +517,7 @@ def resume(cls:Trainer,
                   tokenizer=tokenizer, source=data, allow_new_data=allow_new_data)
     return self
 
+# %% ../nbs/10_trainer.ipynb #271e6656
 def _found(run, what, checkpoint_dir)->tuple: # path, contents, and as `home_of`
     path = Path(os.path.abspath(run.find(what)))
     try: return path,load_checkpoint(from_here(path)),home_of(path, checkpoint_dir)
