@@ -1,10 +1,11 @@
 "A checkpoint as a folder for transformers: whole or not there; where transformers is installed, its logits and its text are ours."
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
-from conftest import powerless, train, tree
+from conftest import TORCHRUN, events, powerless, train, tree
 
 from lmnb import Trainer, load_checkpoint, preset, sample
 from lmnb.hub import export
@@ -128,6 +129,17 @@ def test_begun_with_theirs(theirs, text, tmp_path, call):
     torch.testing.assert_close(logits(back, ids), logits(ours, ids), rtol=1e-4, atol=1e-4)
     again = pretrained_weights(tmp_path/'back', saved['config'])
     assert all(again[k].equal(w) for k, w in saved['model_state_dict'].items())
+
+
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_begun_by_two_processes(theirs, text, tmp_path, parallel):
+    words = ('--init-from', theirs[0], '--config', 'small', '--data', text, '--max-steps', 3, '--set', 'log_interval=1', 'eval_batches=2')
+    one = train(*words, cwd=tmp_path)
+    two = subprocess.run([*TORCHRUN, '--standalone', '--nproc-per-node=2', '-m', 'lmnb.cli', 'train', *map(str, words), '--parallel', parallel,
+                          '--checkpoint-dir', 'two'], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert one.code == 0 and two.returncode == 0, one.err+two.stderr
+    a, b = ([e['loss'] for e in events(tmp_path/run, 'train')] for run in ('checkpoints', 'two'))
+    assert len(a) == 3 and max(abs(x-y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
 def test_in_pieces_and_in_bfloat16(theirs, tmp_path):
