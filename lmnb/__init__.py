@@ -36,7 +36,7 @@ def _told(obj):
     methods = [m for n, m in vars(obj).items() if n[0] != '_'] if inspect.isclass(obj) else []
     for f in (obj, *filter(inspect.isfunction, (getattr(m, '__func__', m) for m in methods))):
         rows = [f'{k}: {text}' for k, text in docments(f).items() if text]
-        f.__doc__ = '\n'.join([f.__doc__, '', *rows])
+        f.__doc__ = '\n'.join([f.__doc__ or '', '', *rows])  # none under -OO
     return obj
 
 

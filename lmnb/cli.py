@@ -100,16 +100,17 @@ def _train(a, stop)->int:
         if a.init_from: raise ValueError('--init-from begins a run; it goes without --resume, or with latest-or-new')
     given = {k:v for k in (*_AS_FLAG, 'data', 'tokenizer', 'compile') if (v := getattr(a, k)) is not None}
     sets = parse_settings(a.set)|given
-    name,new = a.config or 'medium',sets if a.init_from or not a.resume else {}
-    if a.init_from: from lmnb.pretrained import preset_from
-    config = preset_from(a.init_from, name, **new) if a.init_from else preset(name, **new) # before torch
-    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel, init=a.init_from)
-    from lmnb.rundir import CODES
+    from lmnb.rundir import CODES, RunDir
+    begun = a.resume and not a.new_run and RunDir(a.checkpoint_dir or 'checkpoints').living()
+    name,init = a.config or 'medium',None if begun else a.init_from # a run that is there needs its origin no more
+    if init: from lmnb.pretrained import preset_from
+    config = preset_from(init, name, **sets) if init else preset(name, **({} if a.resume else sets)) # before torch
+    common = dict(stop=stop, quiet=a.quiet, new_run=a.new_run, parallel=a.parallel, init=init)
     with stop.interruptible(): # nothing is at stake before the first step
         from lmnb.parallel import disband
         from lmnb.trainer import Trainer
         if a.resume:
-            t = Trainer.resume(a.resume, a.checkpoint_dir, a.extend_steps, (a.config or a.init_from) and config,
+            t = Trainer.resume(a.resume, a.checkpoint_dir, a.extend_steps, (a.config or init) and config,
                                allow_new_data=a.allow_new_data, **common, **sets)
         else: t = Trainer(config, a.checkpoint_dir or 'checkpoints', **common)
     t.fit()

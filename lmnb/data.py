@@ -9,7 +9,7 @@ __all__ = ['PIECE', 'SOFT', 'EOT', 'BLOCK', 'stdlib_files', 'find_files', 'read_
            'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
 # %% ../nbs/01_data.ipynb #88a8ce1f
-import codecs, csv, glob, gzip, hashlib, io, itertools, json, os, shutil, sys, sysconfig
+import codecs, csv, glob, gzip, hashlib, io, itertools, json, os, re, shutil, sys, sysconfig
 import tempfile, threading, time, zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def find_files(
 )->tuple: # list of (relative name, path or hf: source), and the column: None for plain text, '' for the one there is
     "Resolve `source`; a `FileNotFoundError` or `ValueError` names it and says what is accepted."
     if source=='stdlib': return stdlib_files(),None
-    if source.startswith(('hf:', 'hf-stream:')): return [(source, source)],(*source.split(':', 3), '', '')[3]
+    if source.startswith(('hf:', 'hf-stream:')): return [(source, source)],_hf_parts(source)[3]
     path,(name,_,column) = Path(source).expanduser(),source.rpartition(':')
     if path.is_dir(): found = [(p.relative_to(path), p) for p in path.rglob('*')]
     elif path.is_file(): return [(path.name, path)],'' if _is_table(path) else None
@@ -52,6 +52,12 @@ def find_files(
     files = sorted((n.as_posix(), p) for n,p in found if p.is_file() and not any(s.startswith('.') for s in n.parts))
     if not files: raise FileNotFoundError(f'no text files in {source}: give a file, a folder, or a glob ("**/*.txt")')
     return files,None
+
+def _hf_parts(source)->list: # kind, name, split, column
+    "The parts of an `hf:` source; a split may hold colons in brackets."
+    parts = re.split(r':(?![^\[]*\])', source, maxsplit=3)+['', '']
+    if not parts[1]: raise ValueError(f'{source} names no data set; hf:NAME[:SPLIT[:COLUMN]]')
+    return parts[:4]
 
 def _has_columns(name): return name.removesuffix('.gz').endswith(('.jsonl', '.csv'))
 def _is_table(path): return isinstance(path, str) or path.suffix.lower()=='.parquet' # no text, but rows that hold some
@@ -146,12 +152,12 @@ def _parquet(path):
 
 def _dataset(source):
     "The same of a Hugging Face data set; what lies here is read where it lies."
-    datasets,(kind,name,split) = _extra('datasets'),(*source.split(':', 3), '')[:3]
+    datasets,(kind,name,asked,_) = _extra('datasets'),_hf_parts(source)
     if int(datasets.__version__.split('.')[0])<4: raise ImportError("it takes datasets>=4: pip install 'lmnb[hf]'")
-    path,split = Path(name).expanduser().absolute(),split or 'train'
+    path,split = Path(name).expanduser().absolute(),asked or 'train'
     if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): # as `save_to_disk` leaves them
         ds = datasets.load_from_disk(path)
-        splits = ds if isinstance(ds, dict) else {str(ds.split or split):ds}
+        splits = ds if isinstance(ds, dict) else {str(ds.split or split) if asked else split:ds}
         if split not in splits: raise ValueError(f'no split {split!r}; there are {", ".join(splits)}')
         ds = splits[split]
     else:

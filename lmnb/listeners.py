@@ -10,6 +10,7 @@ import csv, math, os, time
 from pathlib import Path
 
 from fastcore.basics import patch
+from filelock import FileLock
 
 from .history import EVERY, KINDS, last_step_of, load_history, owner
 
@@ -21,8 +22,10 @@ class CSV:
         self.path = Path(path).expanduser().absolute()
 
     def __call__(self, e):
-        if e['kind'] in ('start', 'resume'): self._begin(e)
-        elif e['kind'] in ('train', 'val'):
+        if e['kind'] not in ('start', 'resume', 'train', 'val'): return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f'{self.path}.lock'): # of several runs' rows none falls between reading and renaming
+            if e['kind'] in ('start', 'resume'): return self._begin(e)
             with open(self.path, 'a', newline='') as f:
                 csv.DictWriter(f, self.COLUMNS, extrasaction='ignore').writerow(e)
 
@@ -32,7 +35,6 @@ class CSV:
         def counts(row):
             run_id,_,step,*_,segment = row
             return run_id!=e['run_id'] or float(step)<=min(e['step'], ends.get(segment, -1))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, 'a+', newline='') as old:
             old.seek(0)
             rows = csv.reader(old)

@@ -42,9 +42,9 @@ class World:
         if self.size==1: return [mine]
         self.asked += 1
         keys = [f'{self.asked}/{r}' for r in range(self.size)]
-        self.store.set(keys[self.rank], pickle.dumps(mine))
         late = time.monotonic()+TIMEOUT_S
         try:
+            self.store.set(keys[self.rank], pickle.dumps(mine))
             while not self.store.check(keys):
                 time.sleep(.01) # not a wait of the store's, in which no signal is heard and no thread can write
                 if time.monotonic()>late: self._refuse_silent(keys); late += TIMEOUT_S

@@ -6,10 +6,10 @@
 __all__ = ['hf_names', 'hf_config', 'preset_from', 'pretrained_weights']
 
 # %% ../nbs/08_pretrained.ipynb #8be45633
-import json, os
+import json
 from pathlib import Path
 
-from .config import PRESETS, ExperimentConfig, override, preset
+from .config import ExperimentConfig, override, preset
 from .data import as_tokenizer
 
 # %% ../nbs/08_pretrained.ipynb #f5262014
@@ -43,16 +43,23 @@ def _shape(path)->tuple: # sizes by the names here, the longest sequence
     "What a folder's `config.json` says; a `ValueError` names all that cannot be expressed here."
     file = path/'config.json'
     if not file.is_file(): raise FileNotFoundError(f'{path} has no config.json: it is no Hugging Face folder')
-    try: there = _SILENT|json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError, TypeError) as e: raise ValueError(f'{file} cannot be read ({e})') from None
+    try: there = _SILENT|{k:v for k,v in json.loads(file.read_text(encoding='utf-8')).items() if v is not None}
+    except (OSError, ValueError, AttributeError) as e: raise ValueError(f'{file} cannot be read ({e})') from None
     wrong = [f'{k}={there[k]!r} (here it is {v!r})' for k,v in _FIXED.items() if there[k]!=v]
     rope = there.get('rope_parameters') or there.get('rope_scaling') or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()): rope = dict(type=rope)
     if (kind := rope.get('rope_type', rope.get('type', 'default')))!='default': wrong.append(f'rope_type={kind!r}')
-    wrong += [f'no {k}' for k in _SIZES.values() if k not in there]
+    sizes = {ours:there.get(theirs) for ours,theirs in _SIZES.items()}
+    sizes |= dict(rope_theta=rope.get('rope_theta', there.get('rope_theta', 10_000.)))
+    longest = there['max_position_embeddings']
+    wrong += [f'{_SIZES.get(k, k)}={v!r}' for k,v in dict(sizes, max_position_embeddings=longest).items()
+              if type(v) is not int and k!='rope_theta' or type(v) not in (int, float)]
     if wrong: raise ValueError(f'{path} holds a model that cannot be trained here: {", ".join(wrong)}')
-    sizes = {ours:there[theirs] for ours,theirs in _SIZES.items()}
-    theta = float(rope.get('rope_theta', there.get('rope_theta', 10_000)))
-    return dict(sizes, rope_theta=theta),there['max_position_embeddings']
+    return dict(sizes, rope_theta=float(sizes['rope_theta'])),longest
+
+def _unlike(given, shape)->list:
+    "Where some fields of a config are not those of a folder, in words."
+    return [f'{k}={given[k]!r} (there it is {v!r})' for k,v in shape.items() if given.get(k, v)!=v]
 
 # %% ../nbs/08_pretrained.ipynb #f57f8320
 def preset_from(
@@ -63,7 +70,7 @@ def preset_from(
     "A preset in the folder's shape; a `ValueError` names each field in which `changes` differ from it."
     path = Path(folder).expanduser()
     shape,longest = _shape(path)
-    wrong = [f'{k}={changes[k]!r} (there it is {v!r})' for k,v in shape.items() if changes.get(k, v)!=v]
+    wrong = _unlike(changes, shape)
     if (n := changes.setdefault('block_size', min(preset(name).block_size, longest)))>longest:
         wrong.append(f'block_size={n} (there at most {longest})')
     own = path/'tokenizer.json'
@@ -80,13 +87,13 @@ def pretrained_weights(
     folder,
     config:ExperimentConfig, # as `preset_from` gives it
 )->dict: # tensors by the names that they have here, float32
-    "The folder's weights; a `ValueError` says what is missing, foreign, of another shape, or not finite."
+    "The folder's weights; a `ValueError` says what is missing, foreign or not finite."
     path,names = Path(folder).expanduser(),hf_names(config)
-    shape,_ = _shape(path)
-    wrong = [f'{k}={vars(config)[k]!r} (there it is {v!r})' for k,v in shape.items() if vars(config)[k]!=v]
-    if wrong: raise ValueError(f'{folder} does not fit: {", ".join(wrong)}; preset_from makes a config that does')
+    if wrong := _unlike(vars(config), _shape(path)[0]):
+        raise ValueError(f'{folder} does not fit: {", ".join(wrong)}; preset_from makes a config that does')
     there = _tensors(path)
-    if (head := there.pop('lm_head.weight', None)) is not None and not head.equal(there.get(names['embed.weight'])):
+    head = there.pop('lm_head.weight', None)
+    if head is not None and not head.equal(there.setdefault(names['embed.weight'], head)):
         raise ValueError(f'{folder}: lm_head.weight is not the embedding; here they are one matrix')
     if lost := set(names.values())-there.keys(): raise ValueError(f'{folder} lacks {len(lost)} weights: {min(lost)}')
     if more := there.keys()-set(names.values()): raise ValueError(f'{folder} has weights too many: {min(more)}')
@@ -99,12 +106,11 @@ def _tensors(path)->dict:
     "All tensors of a folder, by their names in it."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    index,out = path/'model.safetensors.index.json',{}
-    files = [path/'model.safetensors']
+    f,out = path/'model.safetensors.index.json',{}
     try:
-        if index.exists(): files = [path/n for n in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
-        for f in files: out |= load_file(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path} has no model.safetensors; save_pretrained of transformers writes one') from None
-    except (OSError, ValueError, KeyError, SafetensorError) as e: raise ValueError(f'{f} cannot be read: {e}')
+        names = set(json.loads(f.read_text())['weight_map'].values()) if f.exists() else ['model.safetensors']
+        for f in (path/n for n in sorted(names)): out |= load_file(f)
+    except FileNotFoundError: raise FileNotFoundError(f'{path} has no {f.name}; is the download whole?') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise ValueError(f'{f} cannot be read: {e!r}') from None
     return out

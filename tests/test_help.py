@@ -2,6 +2,8 @@
 import inspect
 import pydoc
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,7 @@ def test_help(name):
 
 def test_sizes_and_units_are_told():
     assert 'number of token ids, V' in lmnb.ExperimentConfig.__doc__ and 'seconds between looks' in lmnb.ResumePanel.__doc__
+
+
+def test_without_docstrings():
+    subprocess.run([sys.executable, '-OO', '-c', 'from lmnb import preset, CSV, Trainer, ResumePanel'], check=True)

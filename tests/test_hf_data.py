@@ -32,6 +32,7 @@ def here(tmp_path_factory):
     ds.rename_column('text', 'body').save_to_disk(d/'body')
     ds.rename_column('text', 'body').add_column('title', TEXTS).save_to_disk(d/'many')
     ds.remove_columns('text').to_parquet(d/'none.parquet')
+    datasets.Dataset.from_dict(dict(text=TEXTS[:5]), split=datasets.NamedSplit('train[:5]')).save_to_disk(d/'sliced')
     return d
 
 
@@ -54,7 +55,11 @@ def test_the_same_contents_in_each_form(source):
 def test_another_split(): assert contents('hf:splits:test') == contents('hf:splits:test:text') != contents('hf:splits')
 
 
+def test_a_slice_that_was_saved(): assert contents('hf:sliced') == contents('hf:sliced:train[:5]:text') != contents('hf:saved')
+
+
 @pytest.mark.parametrize('source, words', [
+    ('hf:', ['names no data set']), ('hf:sliced:test', ["'test'", 'train[:5]']),
     ('hf:saved:train:body', ["'body'", 'text (string), n (int64)']), ('hf:saved:train:n', ["'n'", 'text (string)']),
     ('hf:many', ["'text'", 'body (string)', 'title (string)']), ('hf:splits:dev', ["'dev'", 'train, test']),
     ('hf:folder:dev', ['dev', 'train']), ('hf:nobody/nothing', ["Couldn't reach 'nobody/nothing'"]),
@@ -72,6 +77,7 @@ def test_refused_in_a_line(source, words, here, call, tmp_path):
     ('hf:plain', dict(path='plain', name=None, split='train', streaming=False)),
     ('hf:owner/name:test:text', dict(path='owner/name', name=None, split='test', streaming=False)),
     ('hf-stream:owner/name/part', dict(path='owner/name', name='part', split='train', streaming=True)),
+    ('hf:owner/name:train[:1%]:text', dict(path='owner/name', name=None, split='train[:1%]', streaming=False)),
     ('hf:folder', dict(path='{here}/folder', split='train', streaming=True)),  # what is here is not copied
     ('hf:rows.csv', dict(path='{here}', data_files='rows.csv', split='train', streaming=True))])
 def test_what_the_library_is_asked_for(source, asked, here, monkeypatch):

@@ -117,7 +117,8 @@ def test_begun_with_theirs(theirs, text, tmp_path, call):
     ids = torch.randint(290, (2, 60), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(logits(t.model, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
     assert (config.block_size, config.lr, config.optimizer) == (64, preset('small').lr, 'muon')
-    for k in range(2):  # the only command of a job: begun, and then complete
+    for k in range(2):  # the only command of a job: begun, and then complete, even if the folder has gone
+        if k: words = words[0], tmp_path/'gone', *words[2:]
         done = call(*words, '--resume', 'latest-or-new', cwd=tmp_path)
         assert done.code == 0 and ('already complete' in done.out) == bool(k), done.err
     saved = load_checkpoint(tmp_path/'checkpoints'/'final_model.pt')
@@ -140,6 +141,13 @@ def test_begun_by_two_processes(theirs, text, tmp_path, parallel):
     assert one.code == 0 and two.returncode == 0, one.err+two.stderr
     a, b = ([e['loss'] for e in events(tmp_path/run, 'train')] for run in ('checkpoints', 'two'))
     assert len(a) == 3 and max(abs(x-y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+def test_the_matrix_under_its_other_name(theirs, tmp_path):
+    folder = shutil.copytree(theirs[0], tmp_path/'model')
+    weights(lambda w: w.update({'lm_head.weight': w.pop('model.embed_tokens.weight')}))(folder)
+    there, here = (pretrained_weights(f, preset_from(theirs[0])) for f in (theirs[0], folder))
+    assert all(there[k].equal(here[k]) for k in there)
 
 
 def test_in_pieces_and_in_bfloat16(theirs, tmp_path):
@@ -169,6 +177,10 @@ def weights(change):
     return edit
 
 
+def index(text): return lambda folder: ((folder/'model.safetensors').unlink(), (folder/'model.safetensors.index.json').write_text(text))
+def rope(value): return edited(rope_parameters=value, rope_theta=1e6)
+
+
 def without(name): return lambda folder: (folder/name).unlink()
 def cut(folder): (folder/'model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:999])
 
@@ -179,11 +191,18 @@ UNFIT = {
     'long positions': (edited(rope_parameters=dict(rope_type='yarn', factor=4.)), (), "rope_type='yarn'"),
     'several at once': (edited(hidden_act='gelu', attention_bias=True), (), "hidden_act='gelu' (here it is 'silu'), attention_bias=True"),
     'impossible sizes': (edited(num_key_value_heads=3), (), 'n_kv_head=3 must divide n_head=4'),
-    'too few sizes': (lambda f: (f/'config.json').write_text('{"model_type": "qwen3", "tie_word_embeddings": true}'), (), 'no vocab_size'),
+    'too few sizes': (lambda f: (f/'config.json').write_text('{"model_type": "qwen3", "tie_word_embeddings": true}'), (), 'vocab_size=None'),
     'no JSON': (lambda f: (f/'config.json').write_text('{'), (), 'config.json cannot be read'),
     'no config': (without('config.json'), (), 'has no config.json'),
     'no tokenizer': (without('tokenizer.json'), (), 'has no tokenizer.json'),
     'too many ids': (edited(vocab_size=100), (), 'ids, its model 100'),
+    'nulls': (edited(hidden_size=None, max_position_embeddings='long'), (), "hidden_size=None, max_position_embeddings='long'"),
+    'positions by kinds of layer': (rope(dict(full_attention=dict(rope_type='default', rope_theta=1e6))), (), "rope_type={'full_attention'"),
+    'positions in a word': (rope('x'), (), "rope_type='x'"),
+    'a list': (lambda f: (f/'config.json').write_text('[]'), (), 'config.json cannot be read'),
+    'half an index': (index('{"weight_'), (), 'model.safetensors.index.json cannot be read'),
+    'an index of nothing': (index('{"weight_map": 3}'), (), 'model.safetensors.index.json cannot be read'),
+    'a piece missing': (index('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'), (), 'has no model-00002-of-00002.safetensors'),
     'no weights': (without('model.safetensors'), (), 'has no model.safetensors'),
     'half a file': (cut, (), 'cannot be read'),
     'a weight less': (weights(lambda w: w.pop('model.norm.weight')), (), 'lacks 1 weights: model.norm.weight'),

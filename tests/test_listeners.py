@@ -111,6 +111,18 @@ def test_what_a_kill_left_and_what_is_no_such_table(tmp_path):
     assert not list(tmp_path.rglob('*.tmp'))
 
 
+def test_a_table_of_two_runs_at_once(tmp_path):
+    one, two = CSV(tmp_path/'t.csv'), CSV(tmp_path/'t.csv')
+    line = [dict(id='a', run_id='a', parent=None, from_step=0)]
+    for run in 'ab': one(dict(kind='start', run_id=run, segment=run, step=0, lineage=line))
+    def tell():
+        for k in range(1, 301): one(dict(kind='train', run_id='a', segment='a', step=k, loss=1.))
+    thread = threading.Thread(target=tell)
+    thread.start()
+    while thread.is_alive(): two(dict(kind='resume', run_id='b', segment='b', step=0, lineage=line))
+    assert list(rows(tmp_path/'t.csv', 'train')) == list(range(1, 301))
+
+
 def test_a_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     told(tmp_path, [segment('a', 0)], 9, CSV(tmp_path/'t.csv'), TensorBoard(tmp_path/'tb'))
     before = {p: p.read_bytes() for p in (tmp_path/'t.csv', *(tmp_path/'tb').iterdir())}
