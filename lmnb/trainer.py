@@ -425,9 +425,9 @@ def _why(self:Trainer, e)->str:
 @patch
 def _finish(self:Trainer, failed):
     "Wait for the last save, close the event file, say in `run.json` how it ended."
-    if failed and self.world.rank: return
-    if failed: self._close(failed)
-    else: self.world.first(lambda: self._close(failed)) # nobody leaves before all is on the disk
+    if failed: return self.world.rank or self._close(failed)
+    try: self.world.first(lambda: self._close(failed)) # nobody leaves before all is on the disk
+    except RuntimeError as e: raise e if isinstance(e, TrainingFailed) else TrainingFailed(str(e)) from None
 
 @patch
 def _close(self:Trainer, failed):
