@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SOFT', 'EOT', 'BLOCK', 'stdlib_files', 'find_files', 'read_blocks', 'cut', 'documents', 'fingerprint',
-           'train_tokenizer', 'as_tokenizer', 'eot_id', 'checksums', 'Tokens', 'write_whole', 'keep_tokenizer',
+           'train_tokenizer', 'as_tokenizer', 'n_ids', 'eot_id', 'checksums', 'Tokens', 'write_whole', 'keep_tokenizer',
            'kept_tokenizer', 'cache_dir', 'cache_key', 'open_tokens', 'encode', 'token_file', 'Corpus', 'load_corpus',
            'permuted', 'n_windows', 'get_batch', 'epochs_done', 'val_batches']
 
@@ -257,6 +257,10 @@ def as_tokenizer(text:str):
     tok.no_truncation(); tok.no_padding()
     return tok
 
+def n_ids(tok)->int:
+    "How many ids a model needs for all that the tokenizer may give."
+    return max(tok.get_vocab().values(), default=0)+1
+
 def eot_id(tok)->int|None:
     "The id that ends a text, or None if the tokenizer has none that we know."
     known = map(tok.token_to_id, (EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>'))
@@ -380,7 +384,7 @@ def token_file(
         try:
             part.mkdir(parents=True)
             tok = as_tokenizer(tokenizer)
-            dtype = np.dtype('uint16' if max(tok.get_vocab().values(), default=0)<2**16 else 'uint32')
+            dtype = np.dtype('uint16' if n_ids(tok)<=2**16 else 'uint32')
             with open(part/'tokens.bin', 'wb') as f: read,n = encode(pieces(), tok, f, dtype),f.tell()//dtype.itemsize
             if read!=contents: raise RuntimeError('the data changed while it was read; start again when it is still')
             checksums(part/'tokens.bin').tofile(part/'tokens.crc')
@@ -437,7 +441,7 @@ def _given_tokenizer(config, saved):
         if its!=ours:
             raise ValueError(f'{config.tokenizer} (fingerprint {its:.12}) is not the tokenizer of the checkpoint '
                              f'({ours:.12}); leave --tokenizer out')
-    if text is not None and (n := max(as_tokenizer(text).get_vocab().values(), default=0)+1)>config.vocab_size:
+    if text is not None and (n := n_ids(as_tokenizer(text)))>config.vocab_size:
         raise ValueError(f'the tokenizer has {n} ids, vocab_size={config.vocab_size}; set vocab_size={n} or more')
     return text
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from .config import ExperimentConfig, override, preset
-from .data import as_tokenizer
+from .data import as_tokenizer, n_ids
 
 # %% ../nbs/08_pretrained.ipynb #f5262014
 _BLOCK = {'norm1':'input_layernorm', 'norm2':'post_attention_layernorm',
@@ -77,7 +77,7 @@ def preset_from(
     if not own.is_file(): raise FileNotFoundError(f'{path} has no tokenizer.json, which the weights were made with')
     if Path(changes.setdefault('tokenizer', str(own))).expanduser().resolve()!=own.resolve():
         wrong.append(f'tokenizer={changes["tokenizer"]!r} (the folder has its own)')
-    ids = max(as_tokenizer(own.read_text(encoding='utf-8')).get_vocab().values(), default=0)+1
+    ids = n_ids(as_tokenizer(own.read_text(encoding='utf-8')))
     if ids>shape['vocab_size']: wrong.append(f'its tokenizer has {ids} ids, its model {shape["vocab_size"]}')
     if wrong: raise ValueError(f'{folder} does not fit: {", ".join(wrong)}')
     return override(preset(name), **shape|changes)
